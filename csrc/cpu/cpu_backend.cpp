@@ -1,0 +1,80 @@
+#include "cpu_backend.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "row_kernel_table.h"
+
+namespace mixce {
+namespace {
+
+struct Isa {
+  const char* name;
+  bool supported;
+  const RowKernels& (*kernels)();
+};
+
+std::vector<Isa> isas() {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return {{"avx512", avx512, row_kernels_avx512}, {"avx2", avx2, row_kernels_avx2},
+          {"baseline", true, row_kernels_baseline}};
+#else
+  return {{"baseline", true, row_kernels_baseline}};
+#endif
+}
+
+const RowKernels& kernels_of(const std::string& name) {
+  for (const Isa& isa : isas()) {
+    if (name == isa.name && isa.supported) return isa.kernels();
+  }
+  throw std::invalid_argument("this machine does not run the instruction set " + name);
+}
+
+// Calls work(begin, end) over all rows. Rows are handed out in small runs, since ignored ones cost nothing.
+template <typename Work>
+void parallel_rows(const RowParams& params, Work work) {
+  constexpr int64_t kRunsPerThread = 16;
+  const int threads = static_cast<int>(std::clamp<int64_t>(params.rows, 1, std::max(params.threads, 1)));
+  const int64_t run = std::max<int64_t>(1, params.rows / (threads * kRunsPerThread));
+#pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
+  for (int64_t begin = 0; begin < params.rows; begin += run) {
+    work(begin, std::min(begin + run, params.rows));
+  }
+}
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas()) {
+    if (isa.supported) names.push_back(isa.name);
+  }
+  return names;
+}
+
+int64_t cpu_forward(const std::string& isa, const RowParams& params, const ForwardParams& forward) {
+  for (int64_t row = 0; row < params.rows; ++row) {
+    const int64_t target = params.target(row);
+    if (target != params.ignore_index && (target < 0 || target >= params.vocab_size)) return row;
+  }
+  const auto kernel = kernels_of(isa).forward[static_cast<int>(params.dtype)];
+  parallel_rows(params, [&](int64_t begin, int64_t end) { kernel(params, forward, begin, end); });
+  return -1;
+}
+
+void cpu_logits_grad(const std::string& isa, const RowParams& params) {
+  const auto kernel = kernels_of(isa).logits_grad[static_cast<int>(params.dtype)];
+  parallel_rows(params, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+}
+
+void cpu_scale_rows(const std::string& isa, const RowParams& params) {
+  const auto kernel = kernels_of(isa).scale_rows[static_cast<int>(params.dtype)];
+  parallel_rows(params, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+}
+
+}  // namespace mixce

@@ -1,0 +1,51 @@
+"""Logits [..., V] as rows in memory: row i of N begins at (i // inner) * outer_stride + (i % inner) * inner_stride."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """Where the rows lie; strides in elements."""
+
+    count: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+def rows_of(tensor: Tensor) -> Rows | None:
+    """The rows of a tensor [..., V], or None where the last stride is not 1 or two strides cannot reach every row."""
+    *sizes, vocab_size = tensor.shape
+    *strides, last_stride = tensor.stride()
+    if last_stride != 1 and vocab_size != 1:
+        return None
+    count = tensor.numel() // vocab_size
+    if count == 0:
+        return Rows(0, 1, 0, 0)
+    merged: list[tuple[int, int]] = []  # from the innermost outwards: size, stride
+    for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
+        if size == 1:
+            continue
+        if merged and stride == merged[-1][0] * merged[-1][1]:
+            merged[-1] = (merged[-1][0] * size, merged[-1][1])
+        else:
+            merged.append((size, stride))
+    merged += [(1, 0)] * (2 - len(merged))
+    if len(merged) > 2:
+        return None
+    (inner, inner_stride), (_, outer_stride) = merged
+    return Rows(count, inner, outer_stride, inner_stride)
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Whether two rows of a tensor share memory, as those of `Tensor.expand` do."""
+    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def flat(tensor: Tensor) -> tuple[Tensor, int]:
+    """A per-token tensor [...] as N entries and the stride between them, 0 for a broadcast one: copies N numbers at most."""
+    tensor = tensor.reshape(-1)
+    return tensor, tensor.stride(0) if tensor.numel() > 1 else 1

@@ -1,0 +1,166 @@
+"""`fused_mixce_loss`: checks, picks a backend, calls the operator, weighs and reduces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixce_kernels import backends, ops
+from mixce_kernels.backends.rows import overlaps_itself, rows_of
+from mixce_kernels.options import (
+    accumulate_dtype,
+    check_eta,
+    check_reduction,
+    check_tensors,
+    check_token_options,
+    check_values,
+)
+from mixce_kernels.reference import mixce_loss_reference
+from mixce_kernels.stats import MixCEStats
+
+
+def fused_mixce_loss(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    eta: float | Tensor = 0.5,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,  # [...]
+    num_items_in_batch: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace_backward: bool = False,
+    grad_in_forward: bool = False,
+    return_stats: bool = False,
+    validate: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, MixCEStats]:
+    """The mixture of forward and reverse cross-entropy of next-token logits, fused into one pass over the vocabulary.
+
+    With nll = -log softmax(z)[target] and q = exp(-nll), the model's probability of the target, a token's loss is
+
+        (eta + (1 - eta) * stopgrad(q)) * ce + z_loss * logsumexp(z)^2,
+
+    where ce is nll (label-smoothed where asked) and z = softcap * tanh(logit_scale * logits / softcap), or
+    logit_scale * logits without a softcap. eta = 1 is `torch.nn.functional.cross_entropy`; eta = 0 is the reverse
+    cross-entropy approximation, known as dynamic fine-tuning (DFT). Source: Zhang et al., "MixCE", ACL 2023
+    (arXiv 2305.16958), equation 8.
+
+    Args:
+        logits: [..., V], float32, bfloat16, float16 or float64, unnormalised. Leading dimensions may be strided, as in
+            `logits[:, :-1]`: rows are read where they lie as long as two strides reach them all, and are made
+            contiguous otherwise. Arithmetic is float32 (float64 for float64 logits), also under autocast.
+        targets: [...], int64 or int32, class indices in [0, V) or `ignore_index`.
+        eta: mixing ratio in [0, 1]: a number, or a floating tensor that broadcasts to targets' shape and is read on
+            the device, so that a schedule neither recompiles nor synchronises. Not differentiated.
+        ignore_index: tokens with this target have loss, gradient and statistics 0; their logits are not read.
+        reduction: "none" gives targets' shape, "sum" the sum, "mean" the sum divided by the number of valid tokens
+            (by the sum of their weights, with `token_weights`). A divisor of 0 counts as 1: a batch whose every
+            token is ignored has loss 0 and gradient 0.
+        token_weights: [...], floating, factors of the tokens' losses; not differentiated.
+        num_items_in_batch: replaces the divisor of "mean": for gradient accumulation and data parallelism. A number or
+            a tensor of one element on any device.
+        label_smoothing: in [0, 1], as in `torch.nn.functional.cross_entropy`. q and the weight stay unsmoothed.
+        z_loss: factor of logsumexp(z)^2, which is not weighted by eta or q.
+        softcap: bound of the capped logits, or None.
+        logit_scale: factor of the logits (1 / temperature), positive.
+        inplace_backward: the gradient overwrites the logits' memory in backward instead of allocating as much again.
+            Whoever saved the logits for a later backward then gets PyTorch's error. Without a gradient to compute,
+            logits are never touched. Under `torch.compile`, which plans memory itself, this has no effect.
+        grad_in_forward: the gradient is computed together with the loss: one read and one write of the logits in all.
+            An upstream gradient other than 1 multiplies it in backward: for half precision a second rounding. With
+            `inplace_backward`, forward itself overwrites the logits.
+        return_stats: also return the tokens' statistics, from the same pass.
+        validate: check the values of targets and of a tensor eta, synchronising with a GPU. On the CPU targets are
+            always checked.
+        backend: "cpu", "triton" or "reference"; None picks the best that can serve, or `MIXCE_BACKEND` of the
+            environment.
+
+    Returns:
+        The loss, float32 (float64 for float64 logits); with `return_stats`, a pair of it and `MixCEStats`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device, range or combination is wrong.
+        IndexError: a target is out of range, on the CPU or with `validate`. On a GPU, without `validate`, that row's
+            loss and gradient are NaN.
+        RuntimeError: the backend asked for cannot serve these logits.
+    """
+    options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    check_tensors(logits, targets)
+    eta = check_eta(eta, targets)
+    check_reduction(reduction, targets, token_weights, num_items_in_batch)
+    backend = backends.resolve(backend, logits)
+    if backend == "reference":
+        return mixce_loss_reference(
+            logits,
+            targets,
+            eta,
+            reduction=reduction,
+            token_weights=token_weights,
+            num_items_in_batch=num_items_in_batch,
+            inplace_backward=inplace_backward,
+            grad_in_forward=grad_in_forward,
+            return_stats=return_stats,
+            validate=validate,
+            **options._asdict(),
+        )
+    if validate:
+        check_values(targets, eta, ignore_index, logits.shape[-1])
+
+    if rows_of(logits) is None:
+        logits = logits.contiguous()
+    eta, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
+    dtype = accumulate_dtype(logits.dtype)
+    wants_grad = logits.requires_grad and torch.is_grad_enabled()
+    inplace = inplace_backward and wants_grad and not torch.compiler.is_compiling()
+    if inplace and overlaps_itself(logits):
+        raise ValueError("expected logits whose rows do not share memory for inplace_backward, got expanded logits")
+
+    weights = _weights(targets, ignore_index, token_weights, dtype)
+    divisor = None if reduction != "mean" else _divisor(targets, ignore_index, weights, num_items_in_batch, dtype)
+
+    if grad_in_forward and wants_grad:
+        # The gradient is final only if every factor of a token is known before the kernel runs.
+        scale = torch.ones((), dtype=dtype, device=logits.device) if weights is None else weights
+        scale = (scale if divisor is None else scale / divisor).expand(targets.shape)
+        call = ops.GradOverLogits.apply if inplace else torch.ops.mixce_kernels.forward_with_grad
+        loss, _, stats, correct, *_ = call(logits, targets, scale, eta, eta_value, *options, return_stats, backend)
+        loss = loss if reduction == "none" else loss.sum()
+    else:
+        loss, _, stats, correct = torch.ops.mixce_kernels.forward(
+            logits, targets, eta, eta_value, *options, return_stats, inplace, backend
+        )
+        loss = loss if weights is None else loss * weights
+        loss = loss if reduction == "none" else loss.sum()
+        loss = loss if divisor is None else loss / divisor
+    return (loss, MixCEStats(*stats.unbind(), correct)) if return_stats else loss
+
+
+def _weights(targets: Tensor, ignore_index: int, token_weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tokens' weights [...], 0 where ignored, whatever stands there."""
+    if token_weights is None:
+        return None
+    return torch.where(targets != ignore_index, token_weights.detach().to(dtype), 0.0)
+
+
+def _divisor(
+    targets: Tensor,
+    ignore_index: int,
+    weights: Tensor | None,
+    num_items_in_batch: float | Tensor | None,
+    dtype: torch.dtype,
+) -> float | Tensor:
+    """What "mean" divides by, a number or a 0-d tensor; 1 instead of 0."""
+    if num_items_in_batch is None and weights is None:
+        return (targets != ignore_index).sum().clamp(min=1)
+    if num_items_in_batch is None:
+        divisor = weights.sum()
+    elif isinstance(num_items_in_batch, Tensor):
+        divisor = num_items_in_batch.detach().reshape(()).to(targets.device, dtype, non_blocking=True)
+    else:
+        return num_items_in_batch or 1.0
+    return torch.where(divisor == 0, 1.0, divisor)

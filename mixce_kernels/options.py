@@ -1,0 +1,176 @@
+"""What a caller may ask for, checked once: every argument of the public functions passes through here."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TARGET_DTYPES = (torch.int64, torch.int32)
+REDUCTIONS = ("none", "mean", "sum")
+
+
+class TokenOptions(NamedTuple):
+    """The options that change a token's own numbers: the kernels know these and no others."""
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of arithmetic, loss and statistics for logits of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_token_options(
+    ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float
+) -> TokenOptions:
+    """The options as exact Python numbers.
+
+    Raises:
+        TypeError: an option is not a number.
+        ValueError: an option is outside its range.
+    """
+    if not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(f"expected ignore_index to be an int, got {_describe(ignore_index)}")
+    label_smoothing = _number("label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"expected label_smoothing in [0, 1], got {label_smoothing}")
+    z_loss = _number("z_loss", z_loss)
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"expected z_loss to be finite and not negative, got {z_loss}")
+    if softcap is not None:
+        softcap = _number("softcap", softcap)
+        if not 0.0 < softcap < math.inf:
+            raise ValueError(f"expected softcap to be None or a positive finite number, got {softcap}")
+    logit_scale = _number("logit_scale", logit_scale)
+    if not 0.0 < logit_scale < math.inf:
+        raise ValueError(f"expected logit_scale to be a positive finite number, got {logit_scale}")
+    return TokenOptions(int(ignore_index), label_smoothing, z_loss, softcap, logit_scale)
+
+
+def check_tensors(logits: Tensor, targets: Tensor) -> None:
+    """Raises TypeError or ValueError unless logits [..., V] and targets [...] fit together."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"expected logits to be a tensor, got {_describe(logits)}")
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"expected targets to be a tensor, got {_describe(targets)}")
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"expected logits of {_names(LOGITS_DTYPES)}, got {logits.dtype}")
+    if targets.dtype not in TARGET_DTYPES:
+        raise TypeError(f"expected targets of {_names(TARGET_DTYPES)}, got {targets.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"expected logits of shape [..., V] with V >= 1, got {list(logits.shape)}")
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"expected targets of shape {list(logits.shape[:-1])} for logits of shape {list(logits.shape)}, "
+            f"got {list(targets.shape)}"
+        )
+    if targets.device != logits.device:
+        raise ValueError(f"expected targets on {logits.device} with the logits, got {targets.device}")
+
+
+def check_eta_number(eta: float) -> float:
+    """Eta as a Python float; raises TypeError unless it is a number, ValueError unless it is in [0, 1]."""
+    eta = _number("eta", eta)
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"expected eta in [0, 1], got {eta}")
+    return eta
+
+
+def check_eta(eta: float | Tensor, targets: Tensor) -> float | Tensor:
+    """Eta as a Python float, or as a floating tensor that is a view of targets' shape [...].
+
+    Raises:
+        TypeError: eta is neither a number nor a floating tensor.
+        ValueError: a number outside [0, 1], or a tensor that requires grad, lies elsewhere or does not broadcast.
+    """
+    if not isinstance(eta, Tensor):
+        return check_eta_number(eta)
+    if not eta.is_floating_point():
+        raise TypeError(f"expected eta to be a number or a floating tensor, got a tensor of {eta.dtype}")
+    if eta.requires_grad:
+        raise ValueError("expected eta without requires_grad (the loss is not differentiated by eta), got requires_grad=True")
+    if eta.device != targets.device:
+        raise ValueError(f"expected eta on {targets.device} with the logits, got {eta.device}")
+    try:
+        return eta.expand(targets.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"expected eta to broadcast to targets of shape {list(targets.shape)}, got shape {list(eta.shape)}"
+        ) from None
+
+
+def check_reduction_name(reduction: str) -> None:
+    """Raises ValueError unless the reduction is one of REDUCTIONS."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"expected reduction 'none', 'mean' or 'sum', got {reduction!r}")
+
+
+def check_reduction(
+    reduction: str, targets: Tensor, token_weights: Tensor | None, num_items_in_batch: float | Tensor | None
+) -> None:
+    """Raises TypeError or ValueError unless the reduction, its weights and its divisor fit together."""
+    check_reduction_name(reduction)
+    if token_weights is not None:
+        if not isinstance(token_weights, Tensor) or not token_weights.is_floating_point():
+            raise TypeError(f"expected token_weights to be a floating tensor, got {_describe(token_weights)}")
+        if token_weights.shape != targets.shape:
+            raise ValueError(
+                f"expected token_weights of targets' shape {list(targets.shape)}, got {list(token_weights.shape)}"
+            )
+        if token_weights.device != targets.device:
+            raise ValueError(f"expected token_weights on {targets.device} with the logits, got {token_weights.device}")
+    if num_items_in_batch is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"expected num_items_in_batch with reduction='mean' alone, got reduction={reduction!r}")
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                f"expected num_items_in_batch to be a number or a 0-d tensor, got shape {list(num_items_in_batch.shape)}"
+            )
+    elif not 0.0 <= _number("num_items_in_batch", num_items_in_batch) < math.inf:
+        raise ValueError(f"expected num_items_in_batch to be finite and not negative, got {num_items_in_batch}")
+
+
+def check_values(targets: Tensor, eta: float | Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Reads targets and eta (a host synchronisation on a GPU).
+
+    Raises:
+        IndexError: a target is neither in [0, vocab_size) nor ignore_index; names the first such row and its value.
+        ValueError: an entry of eta is outside [0, 1] or NaN.
+    """
+    bad = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
+    if bad.any():
+        row = int(bad.flatten().nonzero()[0])
+        raise_bad_target(row, targets, ignore_index, vocab_size)
+    if isinstance(eta, Tensor) and not ((eta >= 0) & (eta <= 1)).all():
+        raise ValueError("expected every entry of eta in [0, 1], got one outside")
+
+
+def raise_bad_target(row: int, targets: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Raises the IndexError that names `row` (counted over the flattened targets) and its target."""
+    value = int(targets.flatten()[row])
+    raise IndexError(f"expected targets in [0, {vocab_size}) or ignore_index={ignore_index}, got {value} in row {row}")
+
+
+def _number(name: str, value: object) -> float:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"expected {name} to be a number, got {_describe(value)}")
+    return float(value)
+
+
+def _describe(value: object) -> str:
+    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

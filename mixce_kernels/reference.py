@@ -1,0 +1,128 @@
+"""The loss in plain PyTorch: the oracle that every kernel is held to.
+
+No line here is shared with a kernel and no gradient is written by hand: autograd differentiates the formula of
+Zhang et al., "MixCE: Training Autoregressive Language Models by Mixing Forward and Reverse Cross-Entropies",
+ACL 2023 (arXiv 2305.16958).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixce_kernels.options import (
+    TokenOptions,
+    accumulate_dtype,
+    check_eta,
+    check_reduction,
+    check_tensors,
+    check_token_options,
+    check_values,
+)
+from mixce_kernels.stats import MixCEStats
+
+
+def mixce_loss_reference(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    eta: float | Tensor = 0.5,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,  # [...]
+    num_items_in_batch: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace_backward: bool = False,
+    grad_in_forward: bool = False,
+    return_stats: bool = False,
+    validate: bool = False,
+) -> Tensor | tuple[Tensor, MixCEStats]:
+    """The MixCE loss by PyTorch's autograd: arguments, results and errors of `fused_mixce_loss`.
+
+    `inplace_backward` and `grad_in_forward` are permissions that this function has no use for: they change no value.
+    Half-precision logits are computed in float32, float64 logits in float64. Runs on any device.
+    """
+    options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    check_tensors(logits, targets)
+    eta = check_eta(eta, targets)
+    check_reduction(reduction, targets, token_weights, num_items_in_batch)
+    if validate or (logits.device.type == "cpu" and not torch.compiler.is_compiling()):
+        check_values(targets, eta, ignore_index, logits.shape[-1])
+
+    loss, stats = token_losses(logits, targets, eta, options)
+
+    valid = targets != ignore_index
+    weights = torch.ones_like(loss) if token_weights is None else token_weights.detach().to(loss.dtype)
+    weights = torch.where(valid, weights, 0.0)
+    loss = loss * weights
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
+        divisor = torch.as_tensor(divisor, dtype=loss.dtype, device=loss.device)
+        loss = loss / torch.where(divisor == 0, 1.0, divisor)
+    return (loss, stats) if return_stats else loss
+
+
+def token_losses(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    eta: float | Tensor,
+    options: TokenOptions,
+) -> tuple[Tensor, MixCEStats]:
+    """Each token's loss [...], differentiable any number of times, and its detached statistics.
+
+    A target that is neither in [0, V) nor ignore_index gives NaN in its row alone.
+    """
+    ignore_index, label_smoothing, z_loss, softcap, logit_scale = options
+    vocab_size = logits.shape[-1]
+    valid = targets != ignore_index
+    known = (targets >= 0) & (targets < vocab_size)
+    index = torch.where(valid & known, targets, 0).long().unsqueeze(-1)
+
+    # An ignored row must not reach the graph: 0 * NaN would.
+    z = logits.masked_fill(~valid.unsqueeze(-1), 0.0).to(accumulate_dtype(logits.dtype))
+    if softcap is None:
+        # The difference comes before the scale: logits near 1e5 keep their digits.
+        m = z.detach().amax(-1, keepdim=True)
+        d = logit_scale * (z - m)
+        m = logit_scale * m
+    else:
+        z = softcap * torch.tanh(logit_scale * z / softcap)
+        m = z.detach().amax(-1, keepdim=True)
+        d = z - m
+    s = torch.logsumexp(d, -1)
+    lse = m.squeeze(-1) + s
+    nll = s - d.gather(-1, index).squeeze(-1)
+    ce = nll
+    if label_smoothing == 1.0:
+        ce = s - d.mean(-1)
+    elif label_smoothing > 0.0:
+        # The same as nll + label_smoothing * (z_y - mean z), without inf - inf where z_y and mean z are -inf.
+        ce = (1.0 - label_smoothing) * nll + label_smoothing * (s - d.mean(-1))
+
+    q = torch.exp(-nll.detach())
+    w = eta + (1.0 - eta) * q
+    if isinstance(w, Tensor):
+        w = w.to(q.dtype)
+    # At a weight of 0 the loss is its limit, 0, even where ce is infinite.
+    loss = torch.where(w == 0.0, 0.0, torch.where(w == 0.0, 0.0, ce) * w)
+    if z_loss > 0.0:
+        loss = loss + z_loss * lse.square()
+    loss = loss * torch.where(valid & ~known, torch.nan, 1.0)
+
+    with torch.no_grad():
+        p = torch.exp(d - s.unsqueeze(-1))
+        entropy = -torch.where(p == 0.0, 0.0, p * (d - s.unsqueeze(-1))).sum(-1)
+        correct = (logits.argmax(-1) == targets) & ~nll.isnan()
+        stats = MixCEStats(
+            *(_mask(value, valid, known) for value in (nll, q, w, lse, entropy)), correct=correct & valid & known
+        )
+    return torch.where(valid, loss, 0.0), stats
+
+
+def _mask(value: Tensor, valid: Tensor, known: Tensor) -> Tensor:
+    return torch.where(valid, torch.where(known, value.detach(), torch.nan), 0.0)
