@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixce_kernels import backends, ops
+from mixce_kernels import autograd, backends
 from mixce_kernels.backends.rows import overlaps_itself, rows_of
 from mixce_kernels.options import (
     accumulate_dtype,
@@ -113,7 +113,7 @@ def fused_mixce_loss(
 
     if rows_of(logits) is None:
         logits = logits.contiguous()
-    eta, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
+    eta_tensor, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
     dtype = accumulate_dtype(logits.dtype)
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
     inplace = inplace_backward and wants_grad and not torch.compiler.is_compiling()
@@ -127,17 +127,19 @@ def fused_mixce_loss(
         # The gradient is final only if every factor of a token is known before the kernel runs.
         scale = torch.ones((), dtype=dtype, device=logits.device) if weights is None else weights
         scale = (scale if divisor is None else scale / divisor).expand(targets.shape)
-        call = ops.GradOverLogits.apply if inplace else torch.ops.mixce_kernels.forward_with_grad
-        loss, _, stats, correct, *_ = call(logits, targets, scale, eta, eta_value, *options, return_stats, backend)
+        call = autograd.ForwardWithGradInplace.apply if inplace else autograd.forward_with_grad
+        loss, _, stats, correct, *_ = call(
+            logits, targets, scale, eta_tensor, eta_value, *options, return_stats, backend
+        )
         loss = loss if reduction == "none" else loss.sum()
     else:
-        loss, _, stats, correct = torch.ops.mixce_kernels.forward(
-            logits, targets, eta, eta_value, *options, return_stats, inplace, backend
+        loss, _, stats, correct = autograd.forward(
+            logits, targets, eta_tensor, eta_value, *options, return_stats, inplace, backend
         )
         loss = loss if weights is None else loss * weights
         loss = loss if reduction == "none" else loss.sum()
         loss = loss if divisor is None else loss / divisor
-    return (loss, MixCEStats(*stats.unbind(), correct)) if return_stats else loss
+    return (loss, MixCEStats.of(stats, correct)) if return_stats else loss
 
 
 def _weights(targets: Tensor, ignore_index: int, token_weights: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -155,9 +157,9 @@ def _divisor(
     dtype: torch.dtype,
 ) -> float | Tensor:
     """What "mean" divides by, a number or a 0-d tensor; 1 instead of 0."""
-    if num_items_in_batch is None and weights is None:
-        return (targets != ignore_index).sum().clamp(min=1)
     if num_items_in_batch is None:
+        if weights is None:
+            return (targets != ignore_index).sum().clamp(min=1)
         divisor = weights.sum()
     elif isinstance(num_items_in_batch, Tensor):
         divisor = num_items_in_batch.detach().reshape(()).to(targets.device, dtype, non_blocking=True)

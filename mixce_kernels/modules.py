@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from mixce_kernels.functional import fused_mixce_loss
@@ -42,7 +44,7 @@ class MixCELoss(nn.Module):
         check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
         check_reduction_name(reduction)
         self.eta = eta if isinstance(eta, Tensor) else check_eta_number(eta)
-        self.options = {
+        self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "reduction": reduction,
             "label_smoothing": label_smoothing,
@@ -75,6 +77,6 @@ class MixCELoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        defaults = fused_mixce_loss.__kwdefaults__
+        defaults = fused_mixce_loss.__kwdefaults__ or {}
         changed = {name: value for name, value in self.options.items() if value != defaults[name]}
         return ", ".join(f"{name}={value}" for name, value in {"eta": self.eta, **changed}.items())

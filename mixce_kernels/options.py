@@ -97,7 +97,7 @@ def check_eta(eta: float | Tensor, targets: Tensor) -> float | Tensor:
     if not eta.is_floating_point():
         raise TypeError(f"expected eta to be a number or a floating tensor, got a tensor of {eta.dtype}")
     if eta.requires_grad:
-        raise ValueError("expected eta without requires_grad (the loss is not differentiated by eta), got requires_grad=True")
+        raise ValueError("expected eta without requires_grad, since the loss is not differentiated by it, got one with")
     if eta.device != targets.device:
         raise ValueError(f"expected eta on {targets.device} with the logits, got {eta.device}")
     try:
@@ -135,7 +135,8 @@ def check_reduction(
     if isinstance(num_items_in_batch, Tensor):
         if num_items_in_batch.numel() != 1:
             raise ValueError(
-                f"expected num_items_in_batch to be a number or a 0-d tensor, got shape {list(num_items_in_batch.shape)}"
+                "expected num_items_in_batch to be a number or a tensor of one element, got a tensor of shape "
+                f"{list(num_items_in_batch.shape)}"
             )
     elif not 0.0 <= _number("num_items_in_batch", num_items_in_batch) < math.inf:
         raise ValueError(f"expected num_items_in_batch to be finite and not negative, got {num_items_in_batch}")
@@ -163,6 +164,8 @@ def raise_bad_target(row: int, targets: Tensor, ignore_index: int, vocab_size: i
 
 
 def _number(name: str, value: object) -> float:
+    if type(value) is float:
+        return value
     if not isinstance(value, numbers.Real):
         raise TypeError(f"expected {name} to be a number, got {_describe(value)}")
     return float(value)

@@ -118,11 +118,6 @@ def token_losses(
         p = torch.exp(d - s.unsqueeze(-1))
         entropy = -torch.where(p == 0.0, 0.0, p * (d - s.unsqueeze(-1))).sum(-1)
         correct = (logits.argmax(-1) == targets) & ~nll.isnan()
-        stats = MixCEStats(
-            *(_mask(value, valid, known) for value in (nll, q, w, lse, entropy)), correct=correct & valid & known
-        )
-    return torch.where(valid, loss, 0.0), stats
-
-
-def _mask(value: Tensor, valid: Tensor, known: Tensor) -> Tensor:
-    return torch.where(valid, torch.where(known, value.detach(), torch.nan), 0.0)
+        stats = torch.stack((nll, q, w, lse, entropy))
+        stats = torch.where(valid, torch.where(known, stats, torch.nan), 0.0)
+    return torch.where(valid, loss, 0.0), MixCEStats.of(stats, correct & valid & known)

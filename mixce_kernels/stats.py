@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class MixCEStats(NamedTuple):
-    """Detached statistics of each token, in targets' shape [...]: float32 (float64 for float64 logits), 0 where ignored.
+    """Detached statistics of each token, in targets' shape [...] and the loss's dtype, 0 where ignored.
 
     Attributes:
         nll: negative log-likelihood of the target in nats, after `logit_scale` and `softcap`, without smoothing.
@@ -25,3 +25,9 @@ class MixCEStats(NamedTuple):
     lse: Tensor
     entropy: Tensor
     correct: Tensor
+
+    @classmethod
+    def of(cls, stats: Tensor, correct: Tensor) -> MixCEStats:
+        """From the stacked statistics [5, ...] in the order of the attributes, and `correct` [...]."""
+        nll, q, weight, lse, entropy = stats.unbind()
+        return cls(nll, q, weight, lse, entropy, correct)

@@ -35,6 +35,13 @@ const RowKernels& kernels_of(const std::string& name) {
   throw std::invalid_argument("this machine does not run the instruction set " + name);
 }
 
+// Memory of the calling thread that stays with it, so that no call pays for touching it first.
+void* thread_scratch(size_t bytes) {
+  static thread_local std::vector<char> scratch;
+  if (scratch.size() < bytes) scratch.resize(bytes);
+  return scratch.data();
+}
+
 // Calls work(begin, end) over all rows. Rows are handed out in small runs, since ignored ones cost nothing.
 template <typename Work>
 void parallel_rows(const RowParams& params, Work work) {
@@ -63,7 +70,10 @@ int64_t cpu_forward(const std::string& isa, const RowParams& params, const Forwa
     if (target != params.ignore_index && (target < 0 || target >= params.vocab_size)) return row;
   }
   const auto kernel = kernels_of(isa).forward[static_cast<int>(params.dtype)];
-  parallel_rows(params, [&](int64_t begin, int64_t end) { kernel(params, forward, begin, end); });
+  const size_t bytes = params.grad_logits == nullptr ? 0 : scratch_bytes(params);
+  parallel_rows(params, [&](int64_t begin, int64_t end) {
+    kernel(params, forward, bytes == 0 ? nullptr : thread_scratch(bytes), begin, end);
+  });
   return -1;
 }
 

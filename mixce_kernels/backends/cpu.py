@@ -8,15 +8,15 @@ import os
 import torch
 from torch import Tensor
 
-from mixce_kernels.backends.rows import Rows, flat, rows_of
+from mixce_kernels.backends.rows import flat, rows_of
 from mixce_kernels.options import TokenOptions, accumulate_dtype, raise_bad_target
 
-# torch first: it brings the OpenMP runtime that the extension shares.
+# After torch, which brings the OpenMP runtime that the extension shares.
+_missing: str | None = None
 try:
     from mixce_kernels import _C
 except ImportError as error:
-    _C = None
-    _MISSING = f"the native extension is not installed ({error}); reinstall mixce_kernels where a C++ compiler is found"
+    _missing = f"the native extension is missing ({error}); reinstall mixce_kernels where a C++ compiler is found"
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 # Below this many logits a second thread costs more than it saves.
@@ -27,8 +27,8 @@ _STREAM_BYTES = 1 << 24
 
 def unavailable(logits: Tensor) -> str | None:
     """Why the native kernels cannot serve these logits."""
-    if _C is None:
-        return _MISSING
+    if _missing is not None:
+        return _missing
     if logits.device.type != "cpu":
         return f"it runs on CPU tensors, and the logits are on {logits.device}"
     return None
@@ -120,16 +120,22 @@ def _row_params(
     grad_logits: Tensor | None,
 ) -> _C.RowParams:
     rows = rows_of(logits)
-    grad_rows = rows if grad_logits is None or grad_logits is logits else rows_of(grad_logits)
-    assert rows is not None and grad_rows is not None, "rows must be reachable by two strides"
     inplace = grad_logits is logits
+    grad_rows = rows if grad_logits is None or inplace else rows_of(grad_logits)
+    assert rows is not None and grad_rows is not None, "rows must be reachable by two strides"
+    logits_layout = _C.RowLayout(rows.inner, rows.outer_stride, rows.inner_stride)
+    grad_layout = (
+        logits_layout
+        if grad_rows == rows
+        else _C.RowLayout(grad_rows.inner, grad_rows.outer_stride, grad_rows.inner_stride)
+    )
     grad_bytes = logits.numel() * logits.element_size()
     return _C.RowParams(
         logits.data_ptr(),
-        _layout(rows),
+        logits_layout,
         0 if targets is None else targets.data_ptr(),
         targets is not None and targets.dtype == torch.int64,
-        rows.count,
+        rows.number,
         logits.shape[-1],
         _DTYPES[logits.dtype],
         options.ignore_index,
@@ -138,14 +144,10 @@ def _row_params(
         options.softcap or 0.0,
         options.logit_scale,
         0 if grad_logits is None else grad_logits.data_ptr(),
-        _layout(grad_rows),
+        grad_layout,
         0 if grad_loss is None else grad_loss.data_ptr(),
         grad_loss_stride,
         0 if state is None else state.data_ptr(),
         max(1, min(torch.get_num_threads(), logits.numel() // _LOGITS_PER_THREAD)),
         not inplace and grad_bytes > _STREAM_BYTES,
     )
-
-
-def _layout(rows: Rows) -> _C.RowLayout:
-    return _C.RowLayout(rows.inner, rows.outer_stride, rows.inner_stride)

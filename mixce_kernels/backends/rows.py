@@ -1,4 +1,4 @@
-"""Logits [..., V] as rows in memory: row i of N begins at (i // inner) * outer_stride + (i % inner) * inner_stride."""
+"""Logits [..., V] as rows in memory: row i begins at (i // inner) * outer_stride + (i % inner) * inner_stride."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 class Rows(NamedTuple):
     """Where the rows lie; strides in elements."""
 
-    count: int
+    number: int
     inner: int
     outer_stride: int
     inner_stride: int
@@ -18,6 +18,9 @@ class Rows(NamedTuple):
 
 def rows_of(tensor: Tensor) -> Rows | None:
     """The rows of a tensor [..., V], or None where the last stride is not 1 or two strides cannot reach every row."""
+    if tensor.is_contiguous():
+        count = tensor.numel() // tensor.shape[-1]
+        return Rows(count, max(count, 1), 0, tensor.shape[-1])
     *sizes, vocab_size = tensor.shape
     *strides, last_stride = tensor.stride()
     if last_stride != 1 and vocab_size != 1:
@@ -46,6 +49,6 @@ def overlaps_itself(tensor: Tensor) -> bool:
 
 
 def flat(tensor: Tensor) -> tuple[Tensor, int]:
-    """A per-token tensor [...] as N entries and the stride between them, 0 for a broadcast one: copies N numbers at most."""
+    """A per-token tensor [...] as N entries and the stride between them, 0 if broadcast: copies N numbers at most."""
     tensor = tensor.reshape(-1)
     return tensor, tensor.stride(0) if tensor.numel() > 1 else 1

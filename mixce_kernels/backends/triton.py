@@ -1,6 +1,205 @@
+"""The backend `triton`: launches the kernels of `triton_kernels`, imported by the first call that needs them."""
+
 from __future__ import annotations
-def unavailable(logits):
-    return "todo"
-def forward(*a): ...
-def logits_grad(*a): ...
-def scale_rows_(*a): ...
+
+import contextlib
+import functools
+import math
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from mixce_kernels.backends.rows import Rows, flat, rows_of
+from mixce_kernels.options import TokenOptions
+from mixce_kernels.triton_kernels.launch import VECTOR_BYTES, row_config, tile_config
+
+_WARP_SIZE = 64 if torch.version.hip else 32
+
+
+def unavailable(logits: Tensor) -> str | None:
+    """Why the Triton kernels cannot serve these logits."""
+    if logits.device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1" and os.environ.get("MIXCE_CPU_TENSORS") != "1":
+            return "it runs on CUDA and ROCm tensors (on the CPU under TRITON_INTERPRET=1), and the logits are on cpu"
+    elif logits.device.type != "cuda":
+        return f"it runs on CUDA and ROCm tensors, and the logits are on {logits.device}"
+    try:
+        _kernels()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return None
+
+
+def forward(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    eta: Tensor | None,  # [...]
+    eta_value: float,
+    options: TokenOptions,
+    results: tuple[Tensor, ...],
+    grad_loss: Tensor | None,  # [...]
+    grad_logits: Tensor | None,  # [..., V]
+) -> None:
+    """Loss, state and statistics, with the gradient where `grad_logits` is given: see `backends.Backend`."""
+    loss, state, stats, correct = results
+    rows = _rows(logits)
+    if rows.number == 0:
+        return
+    has_grad = grad_logits is not None and grad_loss is not None
+    out, grad_rows, same_window = _grad_layout(logits, rows, grad_logits)
+    eta_entries, eta_stride = (loss, 0) if eta is None else flat(eta)
+    upstream, upstream_stride = (loss, 0) if grad_loss is None else flat(grad_loss)
+    vocab_size = logits.shape[-1]
+    config = row_config(vocab_size, logits.element_size(), has_grad, _WARP_SIZE)
+    with _device_of(logits):
+        _kernels().forward_kernel[(rows.number,)](
+            logits,
+            targets.contiguous(),
+            eta_entries,
+            loss,
+            state,
+            stats,
+            correct,
+            upstream,
+            out,
+            rows.number,
+            vocab_size,
+            rows.inner,
+            rows.outer_stride,
+            rows.inner_stride,
+            grad_rows.inner,
+            grad_rows.outer_stride,
+            grad_rows.inner_stride,
+            eta_stride,
+            upstream_stride,
+            options.ignore_index,
+            eta_value,
+            options.label_smoothing,
+            options.z_loss,
+            *_transform(options),
+            HAS_ETA=eta is not None,
+            HAS_GRAD=has_grad,
+            CAP=options.softcap is not None,
+            SMOOTH=options.label_smoothing > 0,
+            STATS=stats.dim() > 1,
+            SAME_WINDOW=same_window,
+            ONE_BLOCK=config.one_block and same_window,
+            STACK=config.stack,
+            LANES=config.lanes,
+            VECTOR=config.vector,
+            num_warps=config.num_warps,
+        )
+
+
+def logits_grad(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    state: Tensor,  # [5, ...]
+    grad_loss: Tensor,  # [...]
+    options: TokenOptions,
+    grad_logits: Tensor,  # [..., V]
+) -> None:
+    """The gradient from the state of the forward: see `backends.Backend`."""
+    rows = _rows(logits)
+    if rows.number == 0:
+        return
+    out, grad_rows, same_window = _grad_layout(logits, rows, grad_logits)
+    upstream, upstream_stride = flat(grad_loss)
+    vocab_size = logits.shape[-1]
+    config = tile_config(rows.number, vocab_size, logits.element_size(), _WARP_SIZE)
+    with _device_of(logits):
+        _kernels().logits_grad_kernel[(rows.number * config.n_tiles,)](
+            logits,
+            targets.contiguous(),
+            state.contiguous(),
+            upstream,
+            out,
+            rows.number,
+            vocab_size,
+            rows.inner,
+            rows.outer_stride,
+            rows.inner_stride,
+            grad_rows.inner,
+            grad_rows.outer_stride,
+            grad_rows.inner_stride,
+            upstream_stride,
+            options.ignore_index,
+            config.n_tiles,
+            config.tile_size,
+            *_transform(options),
+            CAP=options.softcap is not None,
+            SAME_WINDOW=same_window,
+            BLOCK=config.block,
+            STEP=config.step,
+            VECTOR=config.vector,
+            num_warps=config.num_warps,
+        )
+
+
+def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
+    """Scales the rows of a gradient in place: see `backends.Backend`."""
+    rows = _rows(grad_logits)
+    if rows.number == 0:
+        return
+    upstream, upstream_stride = flat(grad_loss)
+    vocab_size = grad_logits.shape[-1]
+    config = tile_config(rows.number, vocab_size, grad_logits.element_size(), _WARP_SIZE)
+    with _device_of(grad_logits):
+        _kernels().scale_rows_kernel[(rows.number * config.n_tiles,)](
+            grad_logits,
+            upstream,
+            vocab_size,
+            rows.inner,
+            rows.outer_stride,
+            rows.inner_stride,
+            upstream_stride,
+            config.n_tiles,
+            config.tile_size,
+            BLOCK=config.block,
+            VECTOR=config.vector,
+            num_warps=config.num_warps,
+        )
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    from mixce_kernels.triton_kernels import kernels
+
+    return kernels
+
+
+def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _rows(tensor: Tensor) -> Rows:
+    rows = rows_of(tensor)
+    assert rows is not None, "rows must be reachable by two strides"
+    return rows
+
+
+def _grad_layout(logits: Tensor, rows: Rows, grad_logits: Tensor | None) -> tuple[Tensor, Rows, bool]:
+    """The gradient, its rows, and whether each of them lies as its row of logits does to a 16-byte boundary."""
+    if grad_logits is None or grad_logits is logits:
+        return logits, rows, True
+    grad_rows = _rows(grad_logits)
+    vector = VECTOR_BYTES // logits.element_size()
+    bases = (logits.data_ptr() - grad_logits.data_ptr()) % VECTOR_BYTES == 0
+    if rows.inner == grad_rows.inner:
+        strides = all((a - b) % vector == 0 for a, b in zip(rows[2:], grad_rows[2:], strict=True))
+    else:
+        strides = all(stride % vector == 0 for stride in (*rows[2:], *grad_rows[2:]))
+    return grad_logits, grad_rows, bases and strides
+
+
+def _transform(options: TokenOptions) -> tuple[float, float, float, float]:
+    """How logits become exponents.
+
+    The scale of differences of (capped) logits, the cap, the scale inside of tanh, and the slope of it all: without a
+    softcap the scale is applied to differences, which keeps the digits of logits near 1e5.
+    """
+    if options.softcap is None:
+        return options.logit_scale, math.inf, 0.0, options.logit_scale
+    return 1.0, options.softcap, options.logit_scale / options.softcap, options.logit_scale

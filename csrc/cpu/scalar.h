@@ -1,0 +1,67 @@
+// Storage types of half precision and their conversion, one at a time. Internal linkage throughout: see mixce_math.h.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "../mixce_math.h"
+
+namespace mixce {
+namespace {
+
+// Storage types of half precision: bits alone.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+MIXCE_INLINE uint32_t bits_of(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+MIXCE_INLINE float float_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+MIXCE_INLINE float to_real(float value) { return value; }
+MIXCE_INLINE double to_real(double value) { return value; }
+MIXCE_INLINE float to_real(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+MIXCE_INLINE float to_real(Half value) {
+  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
+  const uint32_t rest = value.bits & 0x7fffu;
+  if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
+  // The exponent's bias moves by 112; the multiplication also makes subnormals normal.
+  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
+}
+
+MIXCE_INLINE void from_real(float value, float* out) { *out = value; }
+MIXCE_INLINE void from_real(double value, double* out) { *out = value; }
+// Round to nearest, ties to even. NaNs come with a payload in the upper bits (see row_kernels.h).
+MIXCE_INLINE void from_real(float value, BFloat16* out) {
+  const uint32_t bits = bits_of(value);
+  out->bits = static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+MIXCE_INLINE void from_real(float value, Half* out) {
+  const uint32_t bits = bits_of(value);
+  const uint32_t sign = bits >> 16 & 0x8000u;
+  const uint32_t rest = bits & 0x7fffffffu;
+  uint32_t half;
+  if (rest > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (rest >= 0x477ff000u) {
+    half = 0x7c00u;  // rounds to infinity
+  } else if (rest < 0x38800000u) {
+    half = bits_of(float_of(rest) + 0.5f) - 0x3f000000u;  // subnormal: the addition rounds
+  } else {
+    half = (rest - 0x38000000u + 0xfffu + (rest >> 13 & 1u)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(sign | half);
+}
+
+}  // namespace
+}  // namespace mixce

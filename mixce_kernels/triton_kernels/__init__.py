@@ -1,0 +1,1 @@
+"""Triton kernels of the backend `triton`; nothing here is imported before a call needs it."""

@@ -1,0 +1,60 @@
+"""The loss of one token and the functions it needs: the transcription of `csrc/mixce_math.h` in Triton.
+
+Only operations that mean the same on NVIDIA, AMD and under the interpreter: no libdevice, no inline assembly.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 for x <= 0, with a relative error of some ulp also near 0."""
+    if x.dtype == tl.float64:
+        # Taylor, innermost term first: 0.5^16 / 17! < 1e-19.
+        near_zero = 1.0 + x * (1.0 / 17)
+        for i in tl.static_range(15):
+            near_zero = 1.0 + x * near_zero * (1.0 / (16 - i))
+    else:
+        # Least maximum relative error over [-0.5, 0]: 1.4e-9.
+        near_zero = x * 0.0011216348502784967 + 0.008187386207282543
+        near_zero = near_zero * x + 0.041629090905189514
+        near_zero = near_zero * x + 0.16666224598884583
+        near_zero = near_zero * x + 0.4999998211860657
+        near_zero = near_zero * x + 1.0
+    return tl.where(x > -0.5, x * near_zero, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def capped(x, cap, tanh_scale):
+    """Cap * tanh(tanh_scale * x) and its slope by its argument, 1 - tanh^2, without the cancellation."""
+    u = tanh_scale * x
+    below_one = expm1(-2.0 * tl.abs(u))  # tanh|u| = -below_one / (below_one + 2)
+    inverse = 1.0 / (below_one + 2.0)
+    tanh_magnitude = -below_one * inverse
+    slope = 4.0 * (below_one + 1.0) * (inverse * inverse)
+    return cap * tl.where(u < 0.0, -tanh_magnitude, tanh_magnitude), slope
+
+
+@triton.jit
+def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, label_smoothing, z_loss):
+    """A token's loss, its statistics and the numbers from which its gradient is made (Zhang et al. 2023, equation 8).
+
+    m is the largest z, s is log sum exp(z - m), d_target is z_target - m, mean_shifted the mean of z - m. The gradient
+    is dloss/dz_j = a * p_j - c, and t at the target.
+    """
+    lse = m + s
+    nll = s - d_target
+    # As nll + label_smoothing * (z_target - mean z), but without inf - inf where both are -inf.
+    kept = tl.where(label_smoothing < 1.0, (1.0 - label_smoothing) * nll, 0.0)
+    ce = tl.where(label_smoothing > 0.0, label_smoothing * (s - mean_shifted) + kept, nll)
+    q = tl.exp(-nll)
+    weight = eta + (1.0 - eta) * q
+    z_slope = tl.where(z_loss > 0.0, 2.0 * z_loss * lse, 0.0)
+    # A weight of 0 is the limit of q log q, also where ce is infinite.
+    loss = tl.where(weight == 0.0, 0.0, weight * ce) + tl.where(z_loss > 0.0, z_loss * lse * lse, 0.0)
+    a = weight + z_slope
+    c = weight * label_smoothing / vocab_size
+    # expm1: q - 1 has no digits left for q near 1, the tokens that the mixture weighs most.
+    t = weight * (expm1(-nll) + label_smoothing) - c + tl.where(z_loss > 0.0, z_slope * q, 0.0)
+    return loss, nll, q, weight, lse, a, c, t
