@@ -1,6 +1,6 @@
-// The loss of one token, and the merging of partial row statistics: the only place where MixCE is spelled out in C++.
-// Host and device, no torch. Everything has internal linkage, so that a copy compiled for one instruction set cannot
-// be picked by the linker for another.
+// The loss of one token, and the merging of partial row statistics: the only place where MixCE is spelled out
+// in C++. Host and device, no torch. Everything has internal linkage, so that a copy compiled for one
+// instruction set cannot be picked by the linker for another.
 #pragma once
 
 #include <math.h>
@@ -21,8 +21,8 @@ struct LossOptions {
   Real z_loss;
 };
 
-// Statistics of the part of a row seen so far, for logits z: all sums are relative to the maximum m, so that a shift
-// of all logits costs no digits.
+// Statistics of the part of a row seen so far, for logits z: all sums are relative to the maximum m, so that
+// a shift of all logits costs no digits.
 template <typename Real>
 struct OnlineLogSumExp {
   Real m;
@@ -60,11 +60,11 @@ struct TokenTerms {
   Real loss, nll, q, weight, lse, a, c, t;
 };
 
-// Zhang et al. 2023, equation 8, with label smoothing and z-loss. `s` is log sum exp(z - m), `d_target` is z_target - m,
-// `mean_shifted` the mean of z - m.
+// The mixture of Zhang et al. 2023 (arXiv 2305.16958), with label smoothing and z-loss. `s` is log sum exp(z
+// - m), `d_target` is z_target - m, `mean_shifted` the mean of z - m.
 template <typename Real>
-MIXCE_INLINE TokenTerms<Real> token_terms(Real m, Real s, Real d_target, Real mean_shifted, Real eta, int64_t vocab_size,
-                                          const LossOptions<Real>& options) {
+MIXCE_INLINE TokenTerms<Real> token_terms(Real m, Real s, Real d_target, Real mean_shifted, Real eta,
+                                          int64_t vocab_size, const LossOptions<Real>& options) {
   const Real smoothing = options.label_smoothing;
   const Real lse = m + s;
   const Real nll = s - d_target;

@@ -47,7 +47,7 @@ def fused_mixce_loss(
     where ce is nll (label-smoothed where asked) and z = softcap * tanh(logit_scale * logits / softcap), or
     logit_scale * logits without a softcap. eta = 1 is `torch.nn.functional.cross_entropy`; eta = 0 is the reverse
     cross-entropy approximation, known as dynamic fine-tuning (DFT). Source: Zhang et al., "MixCE", ACL 2023
-    (arXiv 2305.16958), equation 8.
+    (arXiv 2305.16958): the self-reweighted mixture.
 
     Args:
         logits: [..., V], float32, bfloat16, float16 or float64, unnormalised. Leading dimensions may be strided, as in

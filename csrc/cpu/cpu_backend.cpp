@@ -18,10 +18,12 @@ struct Isa {
 
 std::vector<Isa> isas() {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return {{"avx512", avx512, row_kernels_avx512}, {"avx2", avx2, row_kernels_avx2},
+  return {{"avx512", avx512, row_kernels_avx512},
+          {"avx2", avx2, row_kernels_avx2},
           {"baseline", true, row_kernels_baseline}};
 #else
   return {{"baseline", true, row_kernels_baseline}};

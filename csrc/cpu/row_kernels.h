@@ -1,4 +1,5 @@
-// Rows of logits for one instruction set: walks rows, runs the two passes of row_passes.h and the epilogue between them.
+// Rows of logits for one instruction set: walks rows, runs the two passes of row_passes.h and the epilogue
+// between them.
 #pragma once
 
 #include "row_kernel_table.h"
@@ -63,7 +64,8 @@ void forward_rows(const RowParams& p, const ForwardParams& f, void* scratch, int
     // Pass 1.
     T* const grad = p.grad_logits == nullptr ? nullptr : grad_row<T>(p, row);
     const T* const aligned = grad == nullptr ? x : grad;
-    const auto stats = row_stats<V, T, kCap, kMoments, kKeep>(x, aligned, p.vocab_size, transform, exponential, kept);
+    const auto stats =
+        row_stats<V, T, kCap, kMoments, kKeep>(x, aligned, p.vocab_size, transform, exponential, kept);
 
     // Epilogue.
     const Real x_target = to_real(x[target]);
@@ -89,7 +91,8 @@ void forward_rows(const RowParams& p, const ForwardParams& f, void* scratch, int
     if (grad != nullptr) {
       const Real grad_loss = static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride];
       const auto terms = grad_terms<Real>(state + row, p.rows, grad_loss, p.logit_scale);
-      row_grad<V, T, kCap, kKeep>(x, kept, grad, p.vocab_size, target, terms, transform, exponential, p.stream);
+      row_grad<V, T, kCap, kKeep>(x, kept, grad, p.vocab_size, target, terms, transform, exponential,
+                                  p.stream);
     }
   }
 }
@@ -108,9 +111,10 @@ void grad_rows(const RowParams& p, int64_t begin, int64_t end) {
       continue;
     }
     const Real grad_loss = static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride];
-    const auto grad = grad_terms<Real>(static_cast<const Real*>(p.state) + row, p.rows, grad_loss, p.logit_scale);
-    row_grad<V, T, kCap, false>(logits_row<T>(p, row), nullptr, grad_row<T>(p, row), p.vocab_size, target, grad,
-                                transform, exponential, p.stream);
+    const auto grad =
+        grad_terms<Real>(static_cast<const Real*>(p.state) + row, p.rows, grad_loss, p.logit_scale);
+    row_grad<V, T, kCap, false>(logits_row<T>(p, row), nullptr, grad_row<T>(p, row), p.vocab_size, target,
+                                grad, transform, exponential, p.stream);
   }
 }
 
@@ -127,7 +131,8 @@ void scale_rows(const RowParams& p, int64_t begin, int64_t end) {
       walk_block<V>(
           head, size,
           [&](int64_t i, int64_t n) {
-            for (int64_t j = first + i; j < first + i + n; ++j) from_real(to_real(grad[j]) * factor, grad + j);
+            for (int64_t j = first + i; j < first + i + n; ++j)
+              from_real(to_real(grad[j]) * factor, grad + j);
           },
           [&](int64_t i) {
             typename V::Reg a, b;
@@ -139,7 +144,8 @@ void scale_rows(const RowParams& p, int64_t begin, int64_t end) {
 }
 
 template <typename T, bool kMoments>
-void forward_dispatch_moments(const RowParams& p, const ForwardParams& f, void* scratch, int64_t begin, int64_t end) {
+void forward_dispatch_moments(const RowParams& p, const ForwardParams& f, void* scratch, int64_t begin,
+                              int64_t end) {
   if (p.softcap > 0) {
     forward_rows<T, true, kMoments, false>(p, f, nullptr, begin, end);
   } else if (scratch != nullptr) {

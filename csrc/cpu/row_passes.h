@@ -1,6 +1,6 @@
-// The two passes over a row of logits, for one instruction set: pass 1 yields the row's statistics, pass 2 its gradient.
-// A row is taken in blocks that stay in L1: a block is read from memory once, for its maximum, and then from L1 for its
-// exponentials. Pass 2 reads the row again: from L2 when it follows pass 1 at once.
+// The two passes over a row of logits, for one instruction set: pass 1 yields the row's statistics, pass 2
+// its gradient. A row is taken in blocks that stay in L1: a block is read from memory once, for its maximum,
+// and then from L1 for its exponentials. Pass 2 reads the row again: from L2 when it follows pass 1 at once.
 #pragma once
 
 #include "../mixce_math.h"
@@ -10,8 +10,8 @@
 namespace mixce {
 namespace {
 
-// How logits become exponents: fixed for a call. Without a softcap the scale is applied to differences of logits, which
-// keeps the digits of logits near 1e5; with one it is applied before the cap.
+// How logits become exponents: fixed for a call. Without a softcap the scale is applied to differences of
+// logits, which keeps the digits of logits near 1e5; with one it is applied before the cap.
 template <typename Real>
 struct Transform {
   Real diff_scale;  // from a difference of (capped) logits to one of z
@@ -52,13 +52,14 @@ MIXCE_INLINE typename V::Real first_lane(typename V::Reg reg) {
 }
 
 template <typename V, typename T, bool kCap>
-MIXCE_INLINE typename V::Real capped_scalar(typename V::Real x, const Transform<typename V::Real>& transform) {
+MIXCE_INLINE typename V::Real capped_scalar(typename V::Real x,
+                                            const Transform<typename V::Real>& transform) {
   if constexpr (kCap) return first_lane<V>(capped(V::set(x), transform).value);
   return x;
 }
 
-// Walks a block: edge(i, n) for its ends, n <= kWidth elements at i, and pair(i) for 2 * kWidth elements at i. After
-// `head` elements the pairs are aligned, as the caller found them to be.
+// Walks a block: edge(i, n) for its ends, n <= kWidth elements at i, and pair(i) for 2 * kWidth elements at
+// i. After `head` elements the pairs are aligned, as the caller found them to be.
 template <typename V, typename Edge, typename Pair>
 MIXCE_INLINE void walk_block(int64_t head, int64_t size, Edge edge, Pair pair) {
   int64_t i = 0;
@@ -67,8 +68,8 @@ MIXCE_INLINE void walk_block(int64_t head, int64_t size, Edge edge, Pair pair) {
   for (; i < size; i += V::kWidth) edge(i, size - i < V::kWidth ? size - i : V::kWidth);
 }
 
-// The blocks of a row: body(begin, head, size) for each. The first is longer by the elements that precede the first
-// aligned pair at `aligned`, so that every other block begins aligned.
+// The blocks of a row: body(begin, head, size) for each. The first is longer by the elements that precede the
+// first aligned pair at `aligned`, so that every other block begins aligned.
 template <typename V, typename T, typename Body>
 MIXCE_INLINE void walk_row(const T* aligned, int64_t vocab_size, Body body) {
   constexpr uintptr_t kBytes = 2 * V::kWidth * sizeof(T);
@@ -142,8 +143,9 @@ MIXCE_INLINE BlockSums<V> zero_sums() {
   return {V::set(0), V::set(0), V::set(0)};
 }
 
-// Pass 1 over one block: adds the exponentials of its logits relative to the finite reference `m`, and for label
-// smoothing and entropy (kMoments) the shifted logits and their products. With kKeep the exponentials stay in `kept`.
+// Pass 1 over one block: adds the exponentials of its logits relative to the finite reference `m`, and for
+// label smoothing and entropy (kMoments) the shifted logits and their products. With kKeep the exponentials
+// stay in `kept`.
 template <typename V, typename T, bool kCap, bool kMoments, bool kKeep>
 MIXCE_INLINE void add_block(const T* x, int64_t head, int64_t size, typename V::Real m,
                             const Transform<typename V::Real>& transform, const Exponential<V>& exponential,
@@ -199,8 +201,8 @@ struct RowStats {
   Real raw_maximum;  // largest logit
 };
 
-// Pass 1: one read of the row. With kKeep the exponentials of the row stay in kept[0, V), each block's relative to its
-// entry of `references`; `aligned` is where the pairs of both passes are aligned.
+// Pass 1: one read of the row. With kKeep the exponentials of the row stay in kept[0, V), each block's
+// relative to its entry of `references`; `aligned` is where the pairs of both passes are aligned.
 template <typename V, typename T, bool kCap, bool kMoments, bool kKeep>
 MIXCE_INLINE RowStats<typename V::Real> row_stats(const T* x, const T* aligned, int64_t vocab_size,
                                                   const Transform<typename V::Real>& transform,
@@ -209,22 +211,25 @@ MIXCE_INLINE RowStats<typename V::Real> row_stats(const T* x, const T* aligned, 
   const Real lowest = -static_cast<Real>(INFINITY);
   RowStats<Real> stats{empty_log_sum_exp<double>(), lowest, lowest};
   Real* references = kept + vocab_size;
-  walk_row<V>(aligned, vocab_size, [&](int64_t begin, int64_t head, int64_t size) __attribute__((always_inline)) {
-    const Real maximum = block_maximum<V>(x + begin, head, size);
-    if (maximum > stats.raw_maximum || begin == 0) {
-      stats.raw_maximum = maximum;
-      stats.m = capped_scalar<V, T, kCap>(maximum, transform);
-      raise_maximum(stats.sums, static_cast<double>(transform.diff_scale) * stats.m);
-    }
-    // Before the first finite logit any finite reference will do.
-    const Real reference = stats.m == lowest ? 0 : stats.m;
-    if constexpr (kKeep) *references++ = stats.m;
-    add_block<V, T, kCap, kMoments, kKeep>(x + begin, head, size, reference, transform, exponential, kept + begin, stats.sums);
-  });
+  walk_row<V>(aligned, vocab_size,
+              [&](int64_t begin, int64_t head, int64_t size) __attribute__((always_inline)) {
+                const Real maximum = block_maximum<V>(x + begin, head, size);
+                if (maximum > stats.raw_maximum || begin == 0) {
+                  stats.raw_maximum = maximum;
+                  stats.m = capped_scalar<V, T, kCap>(maximum, transform);
+                  raise_maximum(stats.sums, static_cast<double>(transform.diff_scale) * stats.m);
+                }
+                // Before the first finite logit any finite reference will do.
+                const Real reference = stats.m == lowest ? 0 : stats.m;
+                if constexpr (kKeep) *references++ = stats.m;
+                add_block<V, T, kCap, kMoments, kKeep>(x + begin, head, size, reference, transform,
+                                                       exponential, kept + begin, stats.sums);
+              });
   return stats;
 }
 
-// What a row's gradient is made from: grad_j = slope_j * (exp(z_j - m) * k - c), and slope_y * t at the target.
+// What a row's gradient is made from: grad_j = slope_j * (exp(z_j - m) * k - c), and slope_y * t at the
+// target.
 template <typename Real>
 struct GradTerms {
   Real m, k, c, t;
@@ -244,7 +249,8 @@ MIXCE_INLINE GradTerms<Real> grad_terms(const Real* state, int64_t rows, Real gr
 // Pass 2 over one block; `x` and `grad` may be the same memory. With kKeep the exponentials come from `kept`.
 template <typename V, typename T, bool kCap, bool kKeep, bool kStream>
 MIXCE_INLINE void grad_block(const T* x, const typename V::Real* kept, T* grad, int64_t head, int64_t size,
-                             const GradTerms<typename V::Real>& terms, const Transform<typename V::Real>& transform,
+                             const GradTerms<typename V::Real>& terms,
+                             const Transform<typename V::Real>& transform,
                              const Exponential<V>& exponential) {
   using Reg = typename V::Reg;
   const Reg m = V::set(terms.m), k = V::set(terms.k), c = V::set(terms.c);
@@ -284,30 +290,32 @@ MIXCE_INLINE void grad_block(const T* x, const typename V::Real* kept, T* grad, 
 
 // Pass 2: one read and one write of the row.
 template <typename V, typename T, bool kCap, bool kKeep>
-MIXCE_INLINE void row_grad(const T* x, const typename V::Real* kept, T* grad, int64_t vocab_size, int64_t target,
-                           GradTerms<typename V::Real> terms, const Transform<typename V::Real>& transform,
-                           const Exponential<V>& exponential, bool stream) {
+MIXCE_INLINE void row_grad(const T* x, const typename V::Real* kept, T* grad, int64_t vocab_size,
+                           int64_t target, GradTerms<typename V::Real> terms,
+                           const Transform<typename V::Real>& transform, const Exponential<V>& exponential,
+                           bool stream) {
   using Real = typename V::Real;
   // Before the write: the gradient may lie where the logits are.
   Real at_target = terms.t;
   if constexpr (kCap) at_target *= first_lane<V>(capped(V::set(to_real(x[target])), transform).slope);
   const Real* references = kept + vocab_size;
   const Real k = terms.k;
-  walk_row<V>(grad, vocab_size, [&](int64_t begin, int64_t head, int64_t size) __attribute__((always_inline)) {
-    if constexpr (kKeep) {
-      const double shift = transform.diff_scale * (static_cast<double>(*references++) - terms.m);
-      terms.k = shift == 0 ? k : static_cast<Real>(k * exp(shift));
-    }
-    // An ordinary store to the target's line must not race with a streaming one.
-    const bool holds_target = target >= begin && target < begin + size;
-    if (stream && !holds_target) {
-      grad_block<V, T, kCap, kKeep, true>(x + begin, kept + begin, grad + begin, head, size, terms, transform,
-                                          exponential);
-    } else {
-      grad_block<V, T, kCap, kKeep, false>(x + begin, kept + begin, grad + begin, head, size, terms, transform,
-                                           exponential);
-    }
-  });
+  walk_row<V>(grad, vocab_size,
+              [&](int64_t begin, int64_t head, int64_t size) __attribute__((always_inline)) {
+                if constexpr (kKeep) {
+                  const double shift = transform.diff_scale * (static_cast<double>(*references++) - terms.m);
+                  terms.k = shift == 0 ? k : static_cast<Real>(k * exp(shift));
+                }
+                // An ordinary store to the target's line must not race with a streaming one.
+                const bool holds_target = target >= begin && target < begin + size;
+                if (stream && !holds_target) {
+                  grad_block<V, T, kCap, kKeep, true>(x + begin, kept + begin, grad + begin, head, size,
+                                                      terms, transform, exponential);
+                } else {
+                  grad_block<V, T, kCap, kKeep, false>(x + begin, kept + begin, grad + begin, head, size,
+                                                       terms, transform, exponential);
+                }
+              });
   from_real(at_target, grad + target);
 }
 

@@ -1,4 +1,5 @@
-// Storage types of half precision and their conversion, one at a time. Internal linkage throughout: see mixce_math.h.
+// Storage types of half precision and their conversion, one at a time. Internal linkage throughout: see
+// mixce_math.h.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// Vectors and exponentials of one instruction set behind one set of names. Include with MIXCE_AVX512 or MIXCE_AVX2 defined,
-// or neither for the baseline.
+// Vectors and exponentials of one instruction set behind one set of names. Include with MIXCE_AVX512 or
+// MIXCE_AVX2 defined, or neither for the baseline.
 #pragma once
 
 #if defined(MIXCE_AVX512)
@@ -15,8 +15,8 @@ namespace {
 
 constexpr float kLog2E = 0x1.715476p0f;
 
-// 2^(factor * d) = power * (1 + p * f), with power = 2^n for the nearest integer n, 0 from n = -127 down. d <= 0 is clamped
-// at `lowest` = -127 / factor; NaN stays NaN. Relative error 8e-8.
+// 2^(factor * d) = power * (1 + p * f), with power = 2^n for the nearest integer n, 0 from n = -127 down. d
+// <= 0 is clamped at `lowest` = -127 / factor; NaN stays NaN. Relative error 8e-8.
 struct Exp2Parts {
   FloatVector::Reg power, p, f;
 };
@@ -46,8 +46,8 @@ struct Exponential<FloatVector> {
   V::Reg factor, lowest;
 
 #if defined(MIXCE_AVX512) || defined(MIXCE_AVX2)
-  // 2^(n / 8 + f / 8) with 2^(i / 8), i = n mod 8, from a table in a register: two multiply-adds fewer than a polynomial
-  // on [-1/2, 1/2], whose two units are what limits the pass. Relative error 1.2e-7.
+  // 2^(n / 8 + f / 8) with 2^(i / 8), i = n mod 8, from a table in a register: two multiply-adds fewer than a
+  // polynomial on [-1/2, 1/2], whose two units are what limits the pass. Relative error 1.2e-7.
   explicit Exponential(float scale) {
     const float eighths = scale * (8 * kLog2E);
     factor = V::set(eighths);

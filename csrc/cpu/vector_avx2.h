@@ -42,8 +42,8 @@ struct FloatVector {
   }
   // The bits of 2^(i / 8) less i << 20, for i in the three lowest bits of each lane.
   MIXCE_INLINE Reg exp2_eighths(Reg index) {
-    const __m256i table = _mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a,
-                                            0x3f7744fd, 0x3f7ac0c7);
+    const __m256i table = _mm256_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3,
+                                            0x3f75672a, 0x3f7744fd, 0x3f7ac0c7);
     return _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(table, _mm256_castps_si256(index)));
   }
   MIXCE_INLINE Reg magnitude(Reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
@@ -51,8 +51,8 @@ struct FloatVector {
     return _mm256_or_ps(a, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));
   }
 
-  // Two vectors at once, in an order of their own that load_pair and store_pair share: bfloat16 comes as even and odd
-  // elements, which needs no permutation.
+  // Two vectors at once, in an order of their own that load_pair and store_pair share: bfloat16 comes as even
+  // and odd elements, which needs no permutation.
   template <typename T>
   MIXCE_INLINE void load_pair(const T* in, Reg* a, Reg* b) {
     *a = load(in);

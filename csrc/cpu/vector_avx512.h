@@ -42,9 +42,9 @@ struct FloatVector {
   }
   // The bits of 2^(i / 8) less i << 20, for i in the three lowest bits of each lane; the fourth picks a copy.
   MIXCE_INLINE Reg exp2_eighths(Reg index) {
-    const __m512i table = _mm512_setr_epi32(0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a,
-                                            0x3f7744fd, 0x3f7ac0c7, 0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7,
-                                            0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7);
+    const __m512i table = _mm512_setr_epi32(
+        0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7,
+        0x3f800000, 0x3f7b95c2, 0x3f7837f0, 0x3f75fed7, 0x3f7504f3, 0x3f75672a, 0x3f7744fd, 0x3f7ac0c7);
     return _mm512_castsi512_ps(_mm512_permutexvar_epi32(_mm512_castps_si512(index), table));
   }
   MIXCE_INLINE Reg magnitude(Reg a) {
@@ -55,8 +55,8 @@ struct FloatVector {
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a), bit));
   }
 
-  // Two vectors at once, in an order of their own that load_pair and store_pair share: bfloat16 comes as even and odd
-  // elements, which needs no permutation.
+  // Two vectors at once, in an order of their own that load_pair and store_pair share: bfloat16 comes as even
+  // and odd elements, which needs no permutation.
   template <typename T>
   MIXCE_INLINE void load_pair(const T* in, Reg* a, Reg* b) {
     *a = load(in);

@@ -1,4 +1,5 @@
-// Four float32 lanes by the compiler's vector types: SSE2 on x86-64, NEON on aarch64. Included by simd.h alone.
+// Four float32 lanes by the compiler's vector types: SSE2 on x86-64, NEON on aarch64. Included by simd.h
+// alone.
 #pragma once
 
 #include "scalar.h"

@@ -122,7 +122,8 @@ def _row_params(
     rows = rows_of(logits)
     inplace = grad_logits is logits
     grad_rows = rows if grad_logits is None or inplace else rows_of(grad_logits)
-    assert rows is not None and grad_rows is not None, "rows must be reachable by two strides"
+    assert rows is not None, "logits must be rows that two strides reach"
+    assert grad_rows is not None, "grad_logits must be rows that two strides reach"
     logits_layout = _C.RowLayout(rows.inner, rows.outer_stride, rows.inner_stride)
     grad_layout = (
         logits_layout

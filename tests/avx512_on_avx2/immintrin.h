@@ -1,9 +1,8 @@
-// Found before the compiler's own <immintrin.h>: AVX-512 intrinsics executed with AVX2, by SIMDe and by hand where it has
-// none, so that the AVX-512 kernels run on a machine without AVX-512.
+// Found before the compiler's own <immintrin.h>: AVX-512 intrinsics executed with AVX2, by SIMDe and by hand
+// where it has none, so that the AVX-512 kernels run on a machine without AVX-512.
 #pragma once
 
 #include_next <immintrin.h>
-
 #include <stdint.h>
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
