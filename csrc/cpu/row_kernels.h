@@ -63,9 +63,7 @@ void forward_rows(const RowParams& p, const ForwardParams& f, void* scratch, int
 
     // Pass 1.
     T* const grad = p.grad_logits == nullptr ? nullptr : grad_row<T>(p, row);
-    const T* const aligned = grad == nullptr ? x : grad;
-    const auto stats =
-        row_stats<V, T, kCap, kMoments, kKeep>(x, aligned, p.vocab_size, transform, exponential, kept);
+    const auto stats = row_stats<V, T, kCap, kMoments, kKeep>(x, p.vocab_size, transform, exponential, kept);
 
     // Epilogue.
     const Real x_target = to_real(x[target]);
@@ -124,22 +122,21 @@ void scale_rows(const RowParams& p, int64_t begin, int64_t end) {
   using V = typename VectorFor<T>::Type;
   using Real = typename V::Real;
   for (int64_t row = begin; row < end; ++row) {
-    const Real factor = static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride];
+    const Real factor =
+        static_cast<Real>(canonical(static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride]));
     if (factor == 1) continue;
     T* grad = grad_row<T>(p, row);
-    walk_row<V>(grad, p.vocab_size, [&](int64_t first, int64_t head, int64_t size) {
-      walk_block<V>(
-          head, size,
-          [&](int64_t i, int64_t n) {
-            for (int64_t j = first + i; j < first + i + n; ++j)
-              from_real(to_real(grad[j]) * factor, grad + j);
-          },
-          [&](int64_t i) {
-            typename V::Reg a, b;
-            V::load_pair(grad + first + i, &a, &b);
-            V::store_pair(grad + first + i, V::mul(a, V::set(factor)), V::mul(b, V::set(factor)));
-          });
-    });
+    const int64_t aligned = elements_to_alignment<V>(grad);
+    walk_block<V>(
+        aligned < p.vocab_size ? aligned : p.vocab_size, p.vocab_size,
+        [&](int64_t i, int64_t n) {
+          for (int64_t j = i; j < i + n; ++j) from_real(to_real(grad[j]) * factor, grad + j);
+        },
+        [&](int64_t i) {
+          typename V::Reg a, b;
+          V::load_pair(grad + i, &a, &b);
+          V::store_pair(grad + i, V::mul(a, V::set(factor)), V::mul(b, V::set(factor)));
+        });
   }
 }
 

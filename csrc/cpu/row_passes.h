@@ -7,6 +7,9 @@
 #include "row_kernel_table.h"
 #include "simd.h"
 
+// Work on a block is a function of its own, so that its loop has all registers to itself.
+#define MIXCE_BLOCK static __attribute__((noinline))
+
 namespace mixce {
 namespace {
 
@@ -58,8 +61,15 @@ MIXCE_INLINE typename V::Real capped_scalar(typename V::Real x,
   return x;
 }
 
-// Walks a block: edge(i, n) for its ends, n <= kWidth elements at i, and pair(i) for 2 * kWidth elements at
-// i. After `head` elements the pairs are aligned, as the caller found them to be.
+// Elements before the first address at or after `x` that is aligned for a pair of vectors.
+template <typename V, typename T>
+MIXCE_INLINE int64_t elements_to_alignment(const T* x) {
+  constexpr uintptr_t kBytes = 2 * V::kWidth * sizeof(T);
+  return static_cast<int64_t>(-reinterpret_cast<uintptr_t>(x) % kBytes / sizeof(T));
+}
+
+// Walks a block: pair(i) for 2 * kWidth elements at i, from `head` on, and edge(i, n) for n <= kWidth
+// elements before and after them.
 template <typename V, typename Edge, typename Pair>
 MIXCE_INLINE void walk_block(int64_t head, int64_t size, Edge edge, Pair pair) {
   int64_t i = 0;
@@ -68,20 +78,11 @@ MIXCE_INLINE void walk_block(int64_t head, int64_t size, Edge edge, Pair pair) {
   for (; i < size; i += V::kWidth) edge(i, size - i < V::kWidth ? size - i : V::kWidth);
 }
 
-// The blocks of a row: body(begin, head, size) for each. The first is longer by the elements that precede the
-// first aligned pair at `aligned`, so that every other block begins aligned.
-template <typename V, typename T, typename Body>
-MIXCE_INLINE void walk_row(const T* aligned, int64_t vocab_size, Body body) {
-  constexpr uintptr_t kBytes = 2 * V::kWidth * sizeof(T);
-  const uintptr_t past = reinterpret_cast<uintptr_t>(aligned) % kBytes;
-  const int64_t head = past == 0 ? 0 : static_cast<int64_t>((kBytes - past) / sizeof(T));
-  int64_t begin = 0, first = head < vocab_size ? head : vocab_size;
-  while (begin < vocab_size) {
-    const int64_t rest = vocab_size - begin;
-    const int64_t size = rest < kBlock + first ? rest : kBlock + first;
-    body(begin, first, size);
-    begin += size;
-    first = 0;
+// The blocks of a row: body(begin, size) for each.
+template <typename Body>
+MIXCE_INLINE void walk_row(int64_t vocab_size, Body body) {
+  for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
+    body(begin, vocab_size - begin < kBlock ? vocab_size - begin : kBlock);
   }
 }
 
@@ -100,6 +101,20 @@ MIXCE_INLINE void store_edge(T* out, typename V::Reg value, int64_t n) {
   for (int64_t i = 0; i < n; ++i) from_real(padded[i], out + i);
 }
 
+template <bool value>
+struct Bool {
+  static constexpr bool kValue = value;
+};
+
+template <typename V, bool kStream, typename T>
+MIXCE_INLINE void put_pair(T* out, typename V::Reg a, typename V::Reg b) {
+  if constexpr (kStream) {
+    V::stream_pair(out, a, b);
+  } else {
+    V::store_pair(out, a, b);
+  }
+}
+
 // The first `lanes` lanes, added in float64.
 template <typename V>
 MIXCE_INLINE double lane_sum(typename V::Reg reg, int64_t lanes) {
@@ -112,13 +127,13 @@ MIXCE_INLINE double lane_sum(typename V::Reg reg, int64_t lanes) {
 
 // The largest of a block, -inf if none is larger; NaNs are passed over, the sums will meet them.
 template <typename V, typename T>
-MIXCE_INLINE typename V::Real block_maximum(const T* x, int64_t head, int64_t size) {
+MIXCE_BLOCK typename V::Real block_maximum(const T* x, int64_t size) {
   using Real = typename V::Real;
   using Reg = typename V::Reg;
   Real result = -static_cast<Real>(INFINITY);
   Reg largest_a = V::set(result), largest_b = largest_a;
   walk_block<V>(
-      head, size,
+      0, size,
       [&](int64_t i, int64_t n) __attribute__((always_inline)) {
         for (int64_t j = i; j < i + n; ++j) result = to_real(x[j]) > result ? to_real(x[j]) : result;
       },
@@ -138,59 +153,72 @@ template <typename V>
 struct BlockSums {
   typename V::Reg exp, shifted, exp_shifted;
 };
-template <typename V>
-MIXCE_INLINE BlockSums<V> zero_sums() {
-  return {V::set(0), V::set(0), V::set(0)};
+
+// The exponentials of some logits relative to the finite reference `m`, and for label smoothing and entropy
+// (kMoments) the shifted logits and their products.
+template <typename V, bool kCap, bool kMoments>
+MIXCE_INLINE BlockSums<V> sums_of(typename V::Reg logits, typename V::Reg m,
+                                  const Transform<typename V::Real>& transform,
+                                  const Exponential<V>& exponential) {
+  if constexpr (kCap) logits = capped(logits, transform).value;
+  const typename V::Reg d = V::sub(logits, m);
+  const typename V::Reg e = exponential.of(d);
+  // The clamp keeps 0 * -inf out; the second operand survives a NaN.
+  return {e, d, kMoments ? V::mul(e, V::max(V::set(static_cast<typename V::Real>(-1e30)), d)) : e};
 }
 
-// Pass 1 over one block: adds the exponentials of its logits relative to the finite reference `m`, and for
-// label smoothing and entropy (kMoments) the shifted logits and their products. With kKeep the exponentials
-// stay in `kept`.
+// Adds the first `lanes` lanes.
+template <typename V, bool kMoments>
+MIXCE_INLINE void add_lanes(const BlockSums<V>& sums, int64_t lanes, double diff_scale,
+                            OnlineLogSumExp<double>& part) {
+  part.sum_exp += lane_sum<V>(sums.exp, lanes);
+  if constexpr (kMoments) {
+    part.sum_shifted += diff_scale * lane_sum<V>(sums.shifted, lanes);
+    part.sum_exp_shifted += diff_scale * lane_sum<V>(sums.exp_shifted, lanes);
+  }
+}
+
+// Pass 1 over the end of a row, fewer elements than a pair.
 template <typename V, typename T, bool kCap, bool kMoments, bool kKeep>
-MIXCE_INLINE void add_block(const T* x, int64_t head, int64_t size, typename V::Real m,
-                            const Transform<typename V::Real>& transform, const Exponential<V>& exponential,
-                            typename V::Real* kept, OnlineLogSumExp<double>& part) {
-  using Real = typename V::Real;
+MIXCE_BLOCK void add_end(const T* x, int64_t size, typename V::Real m,
+                         const Transform<typename V::Real>& transform, const Exponential<V>& exponential,
+                         typename V::Real* kept, OnlineLogSumExp<double>& part) {
+  for (int64_t i = 0; i < size; i += V::kWidth) {
+    const int64_t n = size - i < V::kWidth ? size - i : V::kWidth;
+    const auto sums = sums_of<V, kCap, kMoments>(load_edge<V>(x + i, n), V::set(m), transform, exponential);
+    add_lanes<V, kMoments>(sums, n, transform.diff_scale, part);
+    if constexpr (kKeep) store_edge<V>(kept + i, sums.exp, n);
+  }
+}
+
+// Pass 1 over one block, relative to the finite reference `m`. With kKeep the exponentials stay in `kept`.
+template <typename V, typename T, bool kCap, bool kMoments, bool kKeep>
+MIXCE_BLOCK void add_block(const T* x, int64_t size, typename V::Real m,
+                           const Transform<typename V::Real>& transform, const Exponential<V>& exponential,
+                           typename V::Real* kept, OnlineLogSumExp<double>& part) {
   using Reg = typename V::Reg;
   const Reg reference = V::set(m);
-  auto add = [&](Reg logits, BlockSums<V>& sums) __attribute__((always_inline)) {
-    if constexpr (kCap) logits = capped(logits, transform).value;
-    const Reg d = V::sub(logits, reference);
-    const Reg e = exponential.of(d);
-    sums.exp = V::add(sums.exp, e);
+  // Apart, not in a struct, which would stay in memory.
+  Reg exp_sum = V::set(0), shifted_sum = exp_sum, exp_shifted_sum = exp_sum;
+  int64_t i = 0;
+  for (; i + 2 * V::kWidth <= size; i += 2 * V::kWidth) {
+    Reg a, b;
+    V::load_pair(x + i, &a, &b);
+    V::prefetch(x + i + kBlock);
+    const auto sums_a = sums_of<V, kCap, kMoments>(a, reference, transform, exponential);
+    const auto sums_b = sums_of<V, kCap, kMoments>(b, reference, transform, exponential);
+    // The pair first: one chain of additions, in one register, is short enough.
+    exp_sum = V::add(exp_sum, V::add(sums_a.exp, sums_b.exp));
     if constexpr (kMoments) {
-      sums.shifted = V::add(sums.shifted, d);
-      // The clamp keeps 0 * -inf out; the second operand survives a NaN.
-      sums.exp_shifted = V::fma(e, V::max(V::set(static_cast<Real>(-1e30)), d), sums.exp_shifted);
+      shifted_sum = V::add(shifted_sum, V::add(sums_a.shifted, sums_b.shifted));
+      exp_shifted_sum = V::add(exp_shifted_sum, V::add(sums_a.exp_shifted, sums_b.exp_shifted));
     }
-    return e;
-  };
-  auto add_to_part = [&](const BlockSums<V>& sums, int64_t lanes) {
-    part.sum_exp += lane_sum<V>(sums.exp, lanes);
-    if constexpr (kMoments) {
-      part.sum_shifted += transform.diff_scale * lane_sum<V>(sums.shifted, lanes);
-      part.sum_exp_shifted += transform.diff_scale * lane_sum<V>(sums.exp_shifted, lanes);
-    }
-  };
-  BlockSums<V> sums_a = zero_sums<V>(), sums_b = zero_sums<V>();
-  walk_block<V>(
-      head, size,
-      [&](int64_t i, int64_t n) {
-        BlockSums<V> sums = zero_sums<V>();
-        const Reg e = add(load_edge<V>(x + i, n), sums);
-        add_to_part(sums, n);
-        if constexpr (kKeep) store_edge<V>(kept + i, e, n);
-      },
-      [&](int64_t i) __attribute__((always_inline)) {
-        Reg a, b;
-        V::load_pair(x + i, &a, &b);
-        V::prefetch(x + i + kBlock);
-        a = add(a, sums_a);
-        b = add(b, sums_b);
-        if constexpr (kKeep) V::store_pair(kept + i, a, b);
-      });
-  add_to_part(sums_a, V::kWidth);
-  add_to_part(sums_b, V::kWidth);
+    if constexpr (kKeep) V::store_pair(kept + i, sums_a.exp, sums_b.exp);
+  }
+  add_lanes<V, kMoments>({exp_sum, shifted_sum, exp_shifted_sum}, V::kWidth, transform.diff_scale, part);
+  if (i < size) {
+    add_end<V, T, kCap, kMoments, kKeep>(x + i, size - i, m, transform, exponential, kept + i, part);
+  }
   part.count += size;
 }
 
@@ -201,30 +229,29 @@ struct RowStats {
   Real raw_maximum;  // largest logit
 };
 
-// Pass 1: one read of the row. With kKeep the exponentials of the row stay in kept[0, V), each block's
-// relative to its entry of `references`; `aligned` is where the pairs of both passes are aligned.
+// Pass 1: one read of the row, in an order that no address changes, so that the sums are the same on every
+// run. With kKeep the exponentials of the row stay in kept[0, V), each block's relative to the maximum that
+// was known then, which stands behind them.
 template <typename V, typename T, bool kCap, bool kMoments, bool kKeep>
-MIXCE_INLINE RowStats<typename V::Real> row_stats(const T* x, const T* aligned, int64_t vocab_size,
+MIXCE_INLINE RowStats<typename V::Real> row_stats(const T* x, int64_t vocab_size,
                                                   const Transform<typename V::Real>& transform,
                                                   const Exponential<V>& exponential, typename V::Real* kept) {
   using Real = typename V::Real;
   const Real lowest = -static_cast<Real>(INFINITY);
   RowStats<Real> stats{empty_log_sum_exp<double>(), lowest, lowest};
-  Real* references = kept + vocab_size;
-  walk_row<V>(aligned, vocab_size,
-              [&](int64_t begin, int64_t head, int64_t size) __attribute__((always_inline)) {
-                const Real maximum = block_maximum<V>(x + begin, head, size);
-                if (maximum > stats.raw_maximum || begin == 0) {
-                  stats.raw_maximum = maximum;
-                  stats.m = capped_scalar<V, T, kCap>(maximum, transform);
-                  raise_maximum(stats.sums, static_cast<double>(transform.diff_scale) * stats.m);
-                }
-                // Before the first finite logit any finite reference will do.
-                const Real reference = stats.m == lowest ? 0 : stats.m;
-                if constexpr (kKeep) *references++ = stats.m;
-                add_block<V, T, kCap, kMoments, kKeep>(x + begin, head, size, reference, transform,
-                                                       exponential, kept + begin, stats.sums);
-              });
+  walk_row(vocab_size, [&](int64_t begin, int64_t size) __attribute__((always_inline)) {
+    const Real maximum = block_maximum<V>(x + begin, size);
+    if (maximum > stats.raw_maximum || begin == 0) {
+      stats.raw_maximum = maximum;
+      stats.m = capped_scalar<V, T, kCap>(maximum, transform);
+      raise_maximum(stats.sums, static_cast<double>(transform.diff_scale) * stats.m);
+    }
+    if constexpr (kKeep) kept[vocab_size + begin / kBlock] = stats.m;
+    // Before the first finite logit any finite reference will do.
+    const Real reference = stats.m == lowest ? 0 : stats.m;
+    add_block<V, T, kCap, kMoments, kKeep>(x + begin, size, reference, transform, exponential, kept + begin,
+                                           stats.sums);
+  });
   return stats;
 }
 
@@ -235,29 +262,26 @@ struct GradTerms {
   Real m, k, c, t;
 };
 
-// x86 arithmetic keeps the payload of a NaN, and bfloat16 rounding needs its lower bits to be 0.
-MIXCE_INLINE float canonical(double value) { return value == value ? static_cast<float>(value) : NAN; }
+// The NaN with only zeros in its lower bits, as bfloat16 rounding needs it: arithmetic may keep a payload.
+MIXCE_INLINE double canonical(double value) { return value == value ? value : NAN; }
 
 template <typename Real>
 MIXCE_INLINE GradTerms<Real> grad_terms(const Real* state, int64_t rows, Real grad_loss, double logit_scale) {
   const double factor = static_cast<double>(grad_loss) * logit_scale;
   const double m = state[0], s = state[rows], a = state[2 * rows], c = state[3 * rows], t = state[4 * rows];
-  return {static_cast<Real>(m), static_cast<Real>(a * factor * exp(-s)), static_cast<Real>(c * factor),
-          static_cast<Real>(t * factor)};
+  return {static_cast<Real>(m), static_cast<Real>(canonical(a * factor * exp(-s))),
+          static_cast<Real>(canonical(c * factor)), static_cast<Real>(canonical(t * factor))};
 }
 
-// Pass 2 over one block; `x` and `grad` may be the same memory. With kKeep the exponentials come from `kept`.
-template <typename V, typename T, bool kCap, bool kKeep, bool kStream>
-MIXCE_INLINE void grad_block(const T* x, const typename V::Real* kept, T* grad, int64_t head, int64_t size,
-                             const GradTerms<typename V::Real>& terms,
-                             const Transform<typename V::Real>& transform,
-                             const Exponential<V>& exponential) {
+// Pass 2 over one block from its logits; `x` and `grad` may be the same memory.
+template <typename V, typename T, bool kCap, bool kStream>
+MIXCE_BLOCK void grad_block(const T* x, T* grad, int64_t head, int64_t size,
+                            const GradTerms<typename V::Real>& terms,
+                            const Transform<typename V::Real>& transform, const Exponential<V>& exponential) {
   using Reg = typename V::Reg;
   const Reg m = V::set(terms.m), k = V::set(terms.k), c = V::set(terms.c);
   auto grad_of = [&](Reg logits) __attribute__((always_inline)) {
-    if constexpr (kKeep) {
-      return V::fms(logits, k, c);
-    } else if constexpr (kCap) {
+    if constexpr (kCap) {
       const auto z = capped(logits, transform);
       return V::mul(V::fms(exponential.of(V::sub(z.value, m)), k, c), z.slope);
     } else {
@@ -265,57 +289,73 @@ MIXCE_INLINE void grad_block(const T* x, const typename V::Real* kept, T* grad, 
     }
   };
   walk_block<V>(
-      head, size,
-      [&](int64_t i, int64_t n) {
-        if constexpr (kKeep) {
-          store_edge<V>(grad + i, grad_of(load_edge<V>(kept + i, n)), n);
-        } else {
-          store_edge<V>(grad + i, grad_of(load_edge<V>(x + i, n)), n);
-        }
-      },
+      head, size, [&](int64_t i, int64_t n) { store_edge<V>(grad + i, grad_of(load_edge<V>(x + i, n)), n); },
       [&](int64_t i) __attribute__((always_inline)) {
         Reg a, b;
-        if constexpr (kKeep) {
-          V::load_pair(kept + i, &a, &b);
-        } else {
-          V::load_pair(x + i, &a, &b);
-        }
-        if constexpr (kStream) {
-          V::stream_pair(grad + i, grad_of(a), grad_of(b));
-        } else {
-          V::store_pair(grad + i, grad_of(a), grad_of(b));
-        }
+        V::load_pair(x + i, &a, &b);
+        put_pair<V, kStream>(grad + i, grad_of(a), grad_of(b));
       });
 }
 
-// Pass 2: one read and one write of the row.
+// Pass 2 over one block from the exponentials that pass 1 kept. `head` elements come before the first aligned
+// pair; the pairs at both ends overlap their neighbours, writing the same values twice.
+template <typename V, typename T, bool kStream>
+MIXCE_BLOCK void grad_block_from_kept(const typename V::Real* kept, T* grad, int64_t head, int64_t size,
+                                      typename V::Real k_scalar, typename V::Real c_scalar) {
+  using Reg = typename V::Reg;
+  const Reg k = V::set(k_scalar), c = V::set(c_scalar);
+  auto grad_of = [&](Reg exponentials) __attribute__((always_inline)) { return V::fms(exponentials, k, c); };
+  auto pair = [&](int64_t i, auto stream) __attribute__((always_inline)) {
+    Reg a, b;
+    V::load_pair(kept + i, &a, &b);
+    put_pair<V, decltype(stream)::kValue>(grad + i, grad_of(a), grad_of(b));
+  };
+  const bool overlap = head > 0 && size >= 2 * V::kWidth;
+  if (overlap) {
+    pair(0, Bool<false>());
+    pair(size - 2 * V::kWidth, Bool<false>());
+  }
+  walk_block<V>(
+      overlap ? head : 0, size,
+      [&](int64_t i, int64_t n) {
+        if (!overlap) store_edge<V>(grad + i, grad_of(load_edge<V>(kept + i, n)), n);
+      },
+      [&](int64_t i) __attribute__((always_inline)) { pair(i, Bool<kStream>()); });
+}
+
+// Pass 2: one write of the row, after a read of it or, with kKeep, of the exponentials of pass 1.
 template <typename V, typename T, bool kCap, bool kKeep>
 MIXCE_INLINE void row_grad(const T* x, const typename V::Real* kept, T* grad, int64_t vocab_size,
-                           int64_t target, GradTerms<typename V::Real> terms,
+                           int64_t target, const GradTerms<typename V::Real>& terms,
                            const Transform<typename V::Real>& transform, const Exponential<V>& exponential,
                            bool stream) {
   using Real = typename V::Real;
   // Before the write: the gradient may lie where the logits are.
   Real at_target = terms.t;
   if constexpr (kCap) at_target *= first_lane<V>(capped(V::set(to_real(x[target])), transform).slope);
-  const Real* references = kept + vocab_size;
-  const Real k = terms.k;
-  walk_row<V>(grad, vocab_size,
-              [&](int64_t begin, int64_t head, int64_t size) __attribute__((always_inline)) {
-                if constexpr (kKeep) {
-                  const double shift = transform.diff_scale * (static_cast<double>(*references++) - terms.m);
-                  terms.k = shift == 0 ? k : static_cast<Real>(k * exp(shift));
-                }
-                // An ordinary store to the target's line must not race with a streaming one.
-                const bool holds_target = target >= begin && target < begin + size;
-                if (stream && !holds_target) {
-                  grad_block<V, T, kCap, kKeep, true>(x + begin, kept + begin, grad + begin, head, size,
-                                                      terms, transform, exponential);
-                } else {
-                  grad_block<V, T, kCap, kKeep, false>(x + begin, kept + begin, grad + begin, head, size,
-                                                       terms, transform, exponential);
-                }
-              });
+  const int64_t aligned = elements_to_alignment<V>(grad);
+  // Pairs of bfloat16 are kept in an order of their own, which must be that of pass 1.
+  const bool fixed_order = kKeep && !V::template kPairsInOrder<T>;
+  walk_row(vocab_size, [&](int64_t begin, int64_t size) __attribute__((always_inline)) {
+    // An ordinary store to the target's line must not race with a streaming one.
+    const bool holds_target = target >= begin && target < begin + size;
+    const bool streams = stream && !holds_target && !(fixed_order && aligned > 0);
+    const int64_t head = fixed_order ? 0 : aligned < size ? aligned : size;
+    if constexpr (kKeep) {
+      const double shift =
+          transform.diff_scale * (static_cast<double>(kept[vocab_size + begin / kBlock]) - terms.m);
+      const Real k = shift == 0 ? terms.k : static_cast<Real>(terms.k * exp(shift));
+      if (streams) {
+        grad_block_from_kept<V, T, true>(kept + begin, grad + begin, head, size, k, terms.c);
+      } else {
+        grad_block_from_kept<V, T, false>(kept + begin, grad + begin, head, size, k, terms.c);
+      }
+    } else if (streams) {
+      grad_block<V, T, kCap, true>(x + begin, grad + begin, head, size, terms, transform, exponential);
+    } else {
+      grad_block<V, T, kCap, false>(x + begin, grad + begin, head, size, terms, transform, exponential);
+    }
+  });
   from_real(at_target, grad + target);
 }
 

@@ -46,6 +46,9 @@ struct Exponential<FloatVector> {
   V::Reg factor, lowest;
 
 #if defined(MIXCE_AVX512) || defined(MIXCE_AVX2)
+  // A member, not a constant: the compiler would spend a second register on its negative.
+  V::Reg magic = V::set(0x1.8p23f);
+
   // 2^(n / 8 + f / 8) with 2^(i / 8), i = n mod 8, from a table in a register: two multiply-adds fewer than a
   // polynomial on [-1/2, 1/2], whose two units are what limits the pass. Relative error 1.2e-7.
   explicit Exponential(float scale) {
@@ -54,7 +57,6 @@ struct Exponential<FloatVector> {
     lowest = V::set(-8 * 127.0f / eighths);
   }
   V::Reg of(V::Reg d) const {
-    const V::Reg magic = V::set(0x1.8p23f);
     d = V::max(lowest, d);
     const V::Reg shifted = V::fma(d, factor, magic);
     const V::Reg f = V::fms(d, factor, V::sub(shifted, magic));
@@ -62,7 +64,7 @@ struct Exponential<FloatVector> {
     const V::Reg power = V::add_bits(V::exp2_eighths(shifted), V::shift_left<20>(shifted));
     V::Reg p = V::fma(f, V::set(0x1.c6a004p-14f), V::set(0x1.ec0c32p-9f));
     p = V::fma(f, p, V::set(0x1.62e432p-4f));
-    return V::mul(V::fma(f, p, V::set(1.0f)), power);
+    return V::fma(V::mul(f, power), p, power);
   }
 #else
   explicit Exponential(float scale) {
@@ -71,7 +73,7 @@ struct Exponential<FloatVector> {
   }
   V::Reg of(V::Reg d) const {
     const Exp2Parts parts = exp2_parts(d, factor, lowest);
-    return V::mul(V::fma(parts.p, parts.f, V::set(1.0f)), parts.power);
+    return V::fma(V::mul(parts.f, parts.power), parts.p, parts.power);
   }
 #endif
 };
@@ -91,6 +93,8 @@ struct DoubleVector {
   MIXCE_INLINE Reg fma(Reg a, Reg b, Reg c) { return a * b + c; }
   MIXCE_INLINE Reg fms(Reg a, Reg b, Reg c) { return a * b - c; }
   MIXCE_INLINE Reg max(Reg a, Reg b) { return a > b ? a : b; }
+  template <typename T>
+  static constexpr bool kPairsInOrder = true;
   template <typename T>
   MIXCE_INLINE void load_pair(const T* in, Reg* a, Reg* b) {
     *a = load(in);

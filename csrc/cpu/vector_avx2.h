@@ -54,6 +54,8 @@ struct FloatVector {
   // Two vectors at once, in an order of their own that load_pair and store_pair share: bfloat16 comes as even
   // and odd elements, which needs no permutation.
   template <typename T>
+  static constexpr bool kPairsInOrder = true;
+  template <typename T>
   MIXCE_INLINE void load_pair(const T* in, Reg* a, Reg* b) {
     *a = load(in);
     *b = load(in + kWidth);
@@ -95,6 +97,9 @@ struct FloatVector {
     return _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
 };
+
+template <>
+constexpr bool FloatVector::kPairsInOrder<BFloat16> = false;
 
 }  // namespace
 }  // namespace mixce

@@ -38,6 +38,8 @@ struct FloatVector {
     return reinterpret_cast<Reg>(reinterpret_cast<Bits>(a) | (reinterpret_cast<Bits>(sign) & 0x80000000u));
   }
   template <typename T>
+  static constexpr bool kPairsInOrder = true;
+  template <typename T>
   MIXCE_INLINE void load_pair(const T* in, Reg* a, Reg* b) {
     *a = load(in);
     *b = load(in + kWidth);

@@ -106,8 +106,8 @@ def forward_kernel(
         return
 
     real: tl.constexpr = loss_ptr.dtype.element_ty
-    diff_scale = as_real(diff_scale, real)
-    rate = diff_scale * 1.4426950408889634
+    diff_scale = as_real(diff_scale, tl.float64)
+    rate = (diff_scale * 1.4426950408889634).to(real)
     transform = (rate, as_real(cap, real), as_real(tanh_scale, real))
     logits_ptr += row_begin(row, inner, outer_stride, inner_stride)
     known = (target >= 0) & (target < vocab_size)
@@ -153,19 +153,19 @@ def forward_kernel(
 
     # Epilogue.
     m, sum_exp, sum_shifted, sum_exp_shifted, beaten = merge_lanes(lanes, rate, SMOOTH, STATS)
-    s = tl.where(known, tl.log(sum_exp), float("nan"))
-    mean_shifted = tl.full((), 0.0, real)
+    s = tl.where(known, tl.log(sum_exp), float("nan")).to(tl.float64)
+    mean_shifted = tl.full((), 0.0, tl.float64)
     if SMOOTH:
-        mean_shifted = diff_scale * (sum_shifted / vocab_size)
+        mean_shifted = diff_scale * (sum_shifted.to(tl.float64) / vocab_size)
     z_target = x_target
     if CAP:
         z_target, _ = capped(x_target, transform[1], transform[2])
-    eta = as_real(eta_value, real)
+    eta = as_real(eta_value, tl.float64)
     if HAS_ETA:
-        eta = tl.load(eta_ptr + row * eta_stride).to(real)
+        eta = tl.load(eta_ptr + row * eta_stride).to(tl.float64)
     loss, nll, q, weight, lse, a, c, t = token_terms(
-        diff_scale * m, s, diff_scale * (z_target - m), mean_shifted, eta, vocab_size,
-        as_real(label_smoothing, real), as_real(z_loss, real),
+        diff_scale * m, s, diff_scale * (z_target.to(tl.float64) - m), mean_shifted, eta, vocab_size,
+        as_real(label_smoothing, tl.float64), as_real(z_loss, tl.float64), real,
     )  # fmt: skip
     tl.store(loss_ptr, loss)
     tl.store(state_ptr, m)
@@ -184,7 +184,8 @@ def forward_kernel(
     # Pass 2.
     if HAS_GRAD:
         grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride).to(real)
-        terms = grad_terms((m, s, a, c, t), grad_loss, as_real(logit_scale, real))
+        state = (m, s.to(real), a.to(real), c.to(real), t.to(real))
+        terms = grad_terms(state, grad_loss, as_real(logit_scale, real))
         if ONE_BLOCK:
             dtype: tl.constexpr = grad_ptr.dtype.element_ty
             grad_ptr = tl.multiple_of(grad_ptr - lead, 16)
@@ -252,7 +253,7 @@ def logits_grad_kernel(
     t = tl.load(state_ptr + 4 * n_rows)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride).to(real)
     terms = grad_terms((m, s, a, c, t), grad_loss, as_real(logit_scale, real))
-    rate = as_real(diff_scale, real) * 1.4426950408889634
+    rate = (as_real(diff_scale, tl.float64) * 1.4426950408889634).to(real)
     transform = (rate, as_real(cap, real), as_real(tanh_scale, real))
     known = (target >= 0) & (target < vocab_size)
     target_column = tl.where(known, target, -1).to(tl.int32)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 VECTOR_BYTES = 16
-# Logits a thread holds at once: enough loads in flight, at most 1/32 of an exponential a logit for the running maximum.
-_PER_THREAD = {2: 32, 4: 32, 8: 8}
+# Logits a thread holds at once: enough loads in flight, one exponential for the running maximum to so many, no spills.
+_PER_THREAD = {2: 32, 4: 32, 8: 4}
 # A row's last block wastes less, and its threads synchronise less, in a small program; rows are many.
 _ROW_WARPS = 4
 # With a gradient: up to here the whole row stays in registers, beyond it few rows at a time share L2.

@@ -37,18 +37,19 @@ def capped(x, cap, tanh_scale):
 
 
 @triton.jit
-def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, label_smoothing, z_loss):
+def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, label_smoothing, z_loss, real: tl.constexpr):
     """A token's loss, its statistics and the numbers from which its gradient is made (Zhang et al. 2023, equation 8).
 
     m is the largest z, s is log sum exp(z - m), d_target is z_target - m, mean_shifted the mean of z - m. The gradient
-    is dloss/dz_j = a * p_j - c, and t at the target.
+    is dloss/dz_j = a * p_j - c, and t at the target. All are float64, for a few operations a row: nll may be much smaller
+    than its parts. Exponentials are of type `real`.
     """
     lse = m + s
     nll = s - d_target
     # As nll + label_smoothing * (z_target - mean z), but without inf - inf where both are -inf.
     kept = tl.where(label_smoothing < 1.0, (1.0 - label_smoothing) * nll, 0.0)
     ce = tl.where(label_smoothing > 0.0, label_smoothing * (s - mean_shifted) + kept, nll)
-    q = tl.exp(-nll)
+    q = tl.exp(-nll.to(real)).to(tl.float64)
     weight = eta + (1.0 - eta) * q
     z_slope = tl.where(z_loss > 0.0, 2.0 * z_loss * lse, 0.0)
     # A weight of 0 is the limit of q log q, also where ce is infinite.
@@ -56,5 +57,5 @@ def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, label_smoothing, 
     a = weight + z_slope
     c = weight * label_smoothing / vocab_size
     # expm1: q - 1 has no digits left for q near 1, the tokens that the mixture weighs most.
-    t = weight * (expm1(-nll) + label_smoothing) - c + tl.where(z_loss > 0.0, z_slope * q, 0.0)
+    t = weight * (expm1(-nll.to(real)) + label_smoothing) - c + tl.where(z_loss > 0.0, z_slope * q, 0.0)
     return loss, nll, q, weight, lse, a, c, t

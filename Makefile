@@ -1,0 +1,44 @@
+# `make benchmark` and `make test` do all their set-up, in the virtual environment .venv, and so does `make lint`.
+# They take the newest torch; for another: make test TORCH=torch==2.13.0 TRITON=triton==3.7.1 (first `make clean`).
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+# Named besides torch because torch's CPU builds do not bring it, and the tests interpret its kernels.
+TRITON ?= $(if $(filter Linux,$(shell uname)),triton)
+WORKERS ?= 2
+BIN := $(VENV)/bin
+
+.PHONY: benchmark test lint clean
+
+# For example: make benchmark ARGS=--full
+benchmark: $(VENV)/installed
+	$(BIN)/python benchmarks/bench_vocab.py $(ARGS)
+
+# Passive waiting, because the workers share the cores: threads that spin would take them from one another.
+test: $(VENV)/installed
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+
+lint: $(VENV)/linters
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mixce_kernels/_C.*.so
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The extension of an earlier build is removed, so that one that fails to compile is not mistaken for it.
+$(VENV)/installed: setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
+	rm -f mixce_kernels/_C.*.so
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--editable '.[benchmark,examples,test]' $(TORCH) $(TRITON)
+	@$(BIN)/python -c 'from mixce_kernels import _C' || \
+		echo "No native extension: $(BIN)/pip install -v -e . says why. Continuing without the backend 'cpu'."
+	@touch $@
+
+$(VENV)/linters: pyproject.toml | $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]'
+	@touch $@

@@ -1,0 +1,239 @@
+"""Speed and memory of the MixCE loss over the vocabularies of real models, beside what one would use instead.
+
+    python benchmarks/bench_vocab.py            about two minutes
+    python benchmarks/bench_vocab.py --full     every vocabulary in both types
+    python benchmarks/bench_vocab.py --help     fewer or other cells
+
+Every contender's loss and gradient are first held to the float64 oracle; one that is off is named with its error, and
+not timed. Then all contenders of a cell take turns, so that a drift of the machine meets all alike; medians with 20 %
+and 80 % quantiles are reported, and speeds beside that of a copy of the logits in the same rounds (the byte model
+stands in measure.py). Each regime of the allocator, each number of threads and the measurement of memory has a process
+of its own, and every line of the results names its regime. Writes bench.csv, summary.md and plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import MODES, contenders
+from goals import goals_text
+from plan import (
+    ALLOCATOR_ENVIRONMENT,
+    ALLOCATOR_MEANING,
+    DEFAULT,
+    DTYPES,
+    OVERHEAD,
+    PEAK_ENVIRONMENT,
+    WARM,
+    Cell,
+    cells,
+    shapes,
+)
+from report import machine, read_csv, summary, table, with_peaks, write_csv
+
+HERE = Path(__file__).resolve().parent
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="all vocabularies in both types, both allocators for all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--vocab", type=_integers, default=[], help="vocabulary sizes, as 50257,128256")
+    parser.add_argument("--rows", type=int, default=0, help="tokens in every shape; default: what suits the device")
+    parser.add_argument("--dtypes", type=_words, default=[], help=f"of {','.join(DTYPES)},float16,float64")
+    parser.add_argument("--modes", type=_words, default=list(MODES), help=f"of {','.join(MODES)}")
+    parser.add_argument("--threads", type=_integers, default=[], help="as 1,2; default: one, and all cores")
+    parser.add_argument("--contenders", type=_words, default=[], help="names from the table; default: all that can run")
+    parser.add_argument("--extra-contenders", type=Path, action="append", default=[], metavar="FILE",
+                        help="a Python file that defines CONTENDERS, see contenders.py")  # fmt: skip
+    parser.add_argument("--allocator", choices=("both", WARM, DEFAULT), default="both", help="of the CPU's memory")
+    parser.add_argument(
+        "--budget", type=float, default=3.0, help="seconds of repetitions for a cell, at least 7 rounds"
+    )
+    parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for bench.csv, summary.md and plots")
+    chosen = parser.parse_args(given)
+    unknown = [mode for mode in chosen.modes if mode not in MODES]
+    if unknown:
+        parser.error(f"expected --modes to be of {','.join(MODES)}, got {unknown[0]}")
+    return chosen
+
+
+def main() -> int:
+    """Runs the benchmark; 1 if a process ended early, or if one of our own contenders was wrong or failed."""
+    args = arguments()
+    device = torch.device(args.device)
+    able, left_out = contenders(device, args.extra_contenders)
+    unknown = set(args.contenders) - {one.name for one in able}
+    if unknown:
+        raise SystemExit(
+            f"expected --contenders to be of {', '.join(one.name for one in able)}, got {unknown.pop()!r}"
+            + "".join(f"\n{name} cannot run: {reason}" for name, reason in left_out.items())
+        )
+    threads = args.threads or sorted({1, torch.get_num_threads()})
+    allocators = [WARM, DEFAULT] if args.allocator == "both" else [args.allocator]
+    shape_list = shapes(device, args.full, args.vocab, args.dtypes, args.rows)
+    planned = cells(device, shape_list, threads, allocators, args.full)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    peak_jobs, time_jobs = _jobs(args, planned)
+    with _Progress([*peak_jobs, *time_jobs]) as progress:
+        # Load changes no peak: these run side by side, and leave torch.compile's disk cache filled for the others.
+        with ThreadPoolExecutor(max(len(peak_jobs), 1)) as pool:
+            peak_runs = list(pool.map(lambda job: _run(job, progress), peak_jobs))
+        time_runs = [_run(job, progress) for job in time_jobs]
+    complete = all(ended_well for _, ended_well in [*peak_runs, *time_runs])
+    peaks = [result for results, _ in peak_runs for result in results]
+    times = [result for results, _ in time_runs for result in results]
+    if not times:
+        raise SystemExit("expected at least one result, got none")
+
+    path = args.out / "bench.csv"
+    write_csv(path, with_peaks(times, peaks), machine(device))
+    rows = read_csv(path)
+    verdicts = goals_text(rows)
+    (args.out / "summary.md").write_text(summary(rows, verdicts))
+    print(table(rows))
+    print()
+    for name in dict.fromkeys(cell.allocator for cell in planned):
+        print(f"allocator {name}: {ALLOCATOR_MEANING[name]}")
+    for name, reason in left_out.items():
+        print(f"not measured: {name}: {reason}")
+    print(f"\n{verdicts}\n")
+    print(f"written: {path}, {args.out / 'summary.md'}")
+    try:
+        from plot import plot
+
+        print(f"written: {', '.join(map(str, plot(path)))}")
+    except ImportError as error:
+        print(f"no plots: {error}")
+    ours_right = all(row["status"] == "ok" for row in rows if row["contender"].startswith("fused-"))
+    return 0 if complete and ours_right else 1
+
+
+def _words(text: str) -> list[str]:
+    return text.split(",")
+
+
+def _integers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one child process does: the variables of its environment, and its input."""
+
+    environment: dict[str, str]
+    request: dict[str, Any]
+
+
+def _jobs(args: argparse.Namespace, planned: list[Cell]) -> tuple[list[Job], list[Job]]:
+    """The child processes that measure memory, one for each number of threads, and time, also for each allocator."""
+    common = {
+        "device": args.device,
+        "modes": args.modes,
+        "contenders": args.contenders,
+        "extra_files": [str(path.resolve()) for path in args.extra_contenders],
+        "budget": args.budget,
+    }
+    peak_cells: dict[int, dict[tuple[str, int, int], dict[str, Any]]] = {}
+    time_cells: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for cell in planned:
+        time_cells.setdefault((cell.allocator, cell.threads), []).append(vars(cell))
+        shape = (cell.dtype, cell.rows, cell.vocab)
+        if shape != OVERHEAD and not args.no_memory:
+            peak_cells.setdefault(cell.threads, {}).setdefault(shape, vars(cell))
+    peak_jobs = [
+        Job(_environment(PEAK_ENVIRONMENT, threads), {**common, "cells": list(members.values()), "peak": True})
+        for threads, members in peak_cells.items()
+    ]
+    time_jobs = [
+        Job(_environment(ALLOCATOR_ENVIRONMENT[allocator], threads), {**common, "cells": members, "peak": False})
+        for (allocator, threads), members in time_cells.items()
+    ]
+    return peak_jobs, time_jobs
+
+
+def _environment(allocator: dict[str, str], threads: int) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    return {**kept, **allocator, "OMP_NUM_THREADS": str(threads)}
+
+
+def _run(job: Job, progress: _Progress) -> tuple[list[dict[str, Any]], bool]:
+    """The results of one child process, and whether it came to its end."""
+    command = [sys.executable, str(HERE / "worker.py")]
+    with subprocess.Popen(
+        command, env=job.environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(json.dumps(job.request))
+        child.stdin.close()
+        results = list(_results(child.stdout, progress))
+    if child.returncode != 0:
+        progress.say(f"a measuring process ended early, with code {child.returncode}; its remaining cells are missing")
+    return results, child.returncode == 0
+
+
+def _results(lines: Iterable[str], progress: _Progress) -> Iterable[dict[str, Any]]:
+    for line in lines:
+        message = json.loads(line)
+        if "result" in message:
+            yield message["result"]
+        else:
+            progress.move(message["cell"], message["progress"])
+
+
+class _Progress:
+    """A bar that moves by fractions of a cell, or a line for each cell where tqdm is missing."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self._lock = threading.Lock()
+        self._done: dict[str, float] = {}
+        self._bar: Any = None
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return
+        total = sum(len(job.request["cells"]) for job in jobs)
+        self._bar = tqdm(total=total, bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} {desc}")
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def move(self, cell: str, fraction: float) -> None:
+        """The cell's own progress, from 0 to 1."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.set_description_str(cell, refresh=False)
+                self._bar.update(fraction - self._done.get(cell, 0.0))
+            elif cell not in self._done:
+                self.say(cell)
+            self._done[cell] = fraction
+
+    def say(self, line: str) -> None:
+        """A line beside the bar."""
+        if self._bar is None:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            self._bar.write(line, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

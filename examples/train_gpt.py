@@ -1,0 +1,253 @@
+"""Trains a small GPT on real text with the MixCE loss and a byte-level BPE vocabulary made from that text.
+
+    pip install "mixce_kernels[examples]"
+    python examples/train_gpt.py --eta 0.5                    # a few minutes on two CPU cores
+    python examples/train_gpt.py --loss cross_entropy         # the baseline: the same as --eta 1
+    python examples/train_gpt.py --text book.txt --device cuda --dtype bfloat16
+
+The default text is the English documentation inside every Python: the language reference of `pydoc_data.topics` and,
+because that alone supports fewer than 10,000 BPE entries, the docstrings of the standard library's modules.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import csv
+import math
+import pydoc_data.topics
+import random
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mixce_kernels import MixCELoss
+
+LOSSES = ("fused", "reference", "cross_entropy")
+HELD_OUT_SHARE = 0.05
+HELD_OUT_TOKENS = 8192  # at most: an evaluation costs as much as a few training steps
+
+
+def python_documentation() -> str:
+    """The documentation that ships with this Python, as one text of shuffled passages."""
+    passages = list(pydoc_data.topics.topics.values())
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(library.rglob("*.py")):
+        if {"site-packages", "test", "tests", "pydoc_data"}.isdisjoint(path.relative_to(library).parts):
+            passages += docstrings(path)
+    passages = list(dict.fromkeys(passages))
+    # Shuffled, so that the end of the text, which is held out, is of the same kind as the rest.
+    random.Random(0).shuffle(passages)
+    return "\n\n".join(passages)
+
+
+def docstrings(path: Path) -> list[str]:
+    """The docstrings of a source file; none where it is no valid Python (the library has such files, for its tools)."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (SyntaxError, ValueError):
+        return []
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, documented))
+    return [text for text in found if text]
+
+
+def tokenize(text: str, vocab_size: int) -> tuple[Tensor, int]:
+    """The text's tokens [M] and the size of its BPE vocabulary: `vocab_size`, or less where merges occur only once."""
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([text], vocab_size=vocab_size, min_frequency=2, show_progress=False)
+    return torch.tensor(tokenizer.encode(text).ids), tokenizer.get_vocab_size()
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block: causal self-attention, then a perceptron."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.projection = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
+        qkv = self.qkv(self.attention_norm(hidden))
+        query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(
+            2, 0, 3, 1, 4
+        )  # each [B, heads, T, D / heads]
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.projection(attended.transpose(1, 2).flatten(2))
+        return hidden + self.mlp(hidden)
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer whose head is its token embedding."""
+
+    def __init__(self, vocab_size: int, block_size: int, layers: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(vocab_size, width)
+        self.positions = nn.Embedding(block_size, width)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        for embedding in (self.tokens, self.positions):
+            nn.init.normal_(embedding.weight, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> logits [B, T, V]
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        hidden = self.blocks(self.tokens(tokens) + self.positions(positions))
+        return F.linear(self.norm(hidden), self.tokens.weight)
+
+
+def make_criterion(loss: str, eta: float) -> Callable[[Tensor, Tensor], Any]:
+    """The training loss by name: logits [B, T, V] and targets [B, T] to a scalar."""
+    if loss == "fused":
+        # Nothing but the loss reads the logits, so their gradient may take their place, and since the upstream
+        # gradient is 1, it can do so already in forward: one read, one write, and no second [B, T, V] tensor.
+        return MixCELoss(eta, grad_in_forward=True, inplace_backward=True)
+    if loss == "reference":
+        return MixCELoss(eta, backend="reference")
+    return lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def title(args: argparse.Namespace) -> str:
+    return "cross-entropy" if args.loss == "cross_entropy" else f"{args.loss} MixCE, eta = {args.eta:g}"
+
+
+class Record(NamedTuple):
+    """A step of the curve; the perplexity only where it was evaluated."""
+
+    step: int
+    loss: float
+    perplexity: float | None
+
+
+def train(model: nn.Module, train_tokens: Tensor, held_out: Tensor, args: argparse.Namespace) -> list[Record]:
+    """Trains the model on random blocks of train_tokens [M]; returns the curve, one record a step."""
+    criterion = make_criterion(args.loss, args.eta)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
+    warmup = max(1, args.steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / args.steps))
+    )
+    # On the CPU, so that every loss and device sees the same batches.
+    generator = torch.Generator().manual_seed(args.seed)
+    eval_every = max(1, args.steps // 10)
+    losses: list[Tensor] = []
+    perplexities: dict[int, float] = {}
+    progress = tqdm(range(1, args.steps + 1), desc=title(args), unit="step")
+    for step in progress:
+        starts = torch.randint(len(train_tokens) - args.block_size, (args.batch_size, 1), generator=generator)
+        batch = train_tokens[starts + torch.arange(args.block_size + 1)].to(args.device)  # [B, T + 1]
+        # The shift is made in the tokens: shifting the logits by slicing would cost a [B, T, V] gradient in backward.
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            logits = model(batch[:, :-1])
+        loss = criterion(logits, batch[:, 1:])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(loss.detach())
+        if step % eval_every == 0 or step in (1, args.steps):
+            perplexities[step] = evaluate(model, held_out, args)
+            recent = torch.stack(losses[-eval_every:]).mean().item()
+            progress.write(
+                f"step {step:5d}  training loss {recent:7.4f}  held-out perplexity {perplexities[step]:9.2f}"
+            )
+    return [Record(step, loss.item(), perplexities.get(step)) for step, loss in enumerate(losses, 1)]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, held_out: Tensor, args: argparse.Namespace) -> float:
+    """The perplexity of held_out [M], in blocks: exp of the mean forward cross-entropy, whatever the training loss."""
+    blocks = (len(held_out) - 1) // args.block_size
+    inputs, targets = (held_out[i : i + blocks * args.block_size].view(blocks, -1) for i in (0, 1))
+    total = 0.0
+    for rows, row_targets in zip(inputs.split(args.batch_size), targets.split(args.batch_size), strict=True):
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            logits = model(rows.to(args.device))
+        row_targets = row_targets.to(args.device)
+        total += F.cross_entropy(logits.float().flatten(0, 1), row_targets.flatten(), reduction="sum").item()
+    return math.exp(total / targets.numel())
+
+
+def save_curve(curve: list[Record], heading: str, out: Path) -> None:
+    """Writes curve.csv and curve.png into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "curve.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(Record._fields)
+        writer.writerows(curve)
+    evaluated = [record for record in curve if record.perplexity is not None]
+    figure, (loss_axes, perplexity_axes) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure.suptitle(heading)
+    loss_axes.plot([record.step for record in curve], [record.loss for record in curve])
+    loss_axes.set(xlabel="step", ylabel="training loss")
+    perplexity_axes.plot([record.step for record in evaluated], [record.perplexity for record in evaluated], "o-")
+    perplexity_axes.set(xlabel="step", ylabel="held-out perplexity", yscale="log")
+    figure.savefig(out / "curve.png", dpi=120)
+    plt.close(figure)
+
+
+def mixing_ratio(text: str) -> float:
+    eta = float(text)
+    if not 0.0 <= eta <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected a number in [0, 1], got {text}")
+    return eta
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--eta", type=mixing_ratio, default=0.5, help="mixing ratio: 1 is cross-entropy, 0 its reverse")
+    parser.add_argument("--loss", choices=LOSSES, default="fused", help="cross_entropy knows no eta")
+    parser.add_argument("--text", type=Path, help="a UTF-8 text file; without one, Python's own documentation")
+    parser.add_argument("--vocab-size", type=int, default=16384, help="BPE entries, as far as the text supports them")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--block-size", type=int, default=128, help="tokens of a training sequence")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
+    parser.add_argument("--out", type=Path, default=Path("build/train_gpt"), help="for curve.csv and curve.png")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    text = args.text.read_text(encoding="utf-8") if args.text else python_documentation()
+    tokens, vocab_size = tokenize(text, args.vocab_size)
+    held_out_count = min(HELD_OUT_TOKENS, int(HELD_OUT_SHARE * len(tokens)))
+    if held_out_count <= args.block_size:
+        raise SystemExit(f"expected a text of over {int(args.block_size / HELD_OUT_SHARE)} tokens, got {len(tokens)}")
+    train_tokens, held_out = tokens[:-held_out_count], tokens[-held_out_count:]
+    model = GPT(vocab_size, args.block_size, args.layers, args.width, args.heads).to(args.device)
+    print(
+        f"{len(text):,} characters, {len(train_tokens):,} training and {len(held_out):,} held-out tokens, "
+        f"vocabulary of {vocab_size:,}, {sum(weight.numel() for weight in model.parameters()):,} parameters"
+    )
+    curve = train(model, train_tokens, held_out, args)
+    save_curve(curve, f"{title(args)}, vocabulary of {vocab_size:,}", args.out)
+    print(f"held-out perplexity {curve[-1].perplexity:.2f}; curve in {args.out}/curve.csv and curve.png")
+
+
+if __name__ == "__main__":
+    main()

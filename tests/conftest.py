@@ -1,0 +1,60 @@
+"""What every test shares: the backends to try, and memory that shows when a kernel forgets to write it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Interpreted and compiled kernels do not mix in one process: `TRITON_INTERPRET=1 pytest` tries that backend alone, on
+# CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    os.environ["MIXCE_CPU_TENSORS"] = "1"
+BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
+if torch.cuda.is_available() and not INTERPRETED:
+    BACKENDS.append(pytest.param("triton", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that this process can try."""
+    return request.param
+
+
+@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Every backend but the plain one: those that own their operators and their memory."""
+    return request.param
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the backend under test runs."""
+    names = {request.getfixturevalue(name) for name in ("backend", "kernels") if name in request.fixturenames}
+    return "cuda" if "triton" in names and not INTERPRETED else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fills fresh tensors with NaN (integers with their largest value): an entry nobody writes shows. Seeds, too."""
+    torch.manual_seed(0)
+    monkeypatch.delenv("MIXCE_BACKEND", raising=False)
+    monkeypatch.delenv("MIXCE_CPU_ISA", raising=False)
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filling
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for the test."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

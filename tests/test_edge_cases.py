@@ -1,0 +1,237 @@
+"""The table of decided edge cases, row by row, on every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import DTYPES, MODES
+from conftest import INTERPRETED
+from torch import Tensor
+
+from mixce_kernels import fused_mixce_loss
+
+ALL_MODES = pytest.mark.parametrize("mode", MODES)
+
+
+def loss_and_grad(logits: Tensor, targets: Tensor, *args: Any, upstream: Tensor | None = None, **keywords: Any):
+    """Both, without a reduction unless asked for."""
+    logits = logits.clone().requires_grad_()
+    loss = fused_mixce_loss(logits, targets, *args, **{"reduction": "none", **keywords})
+    (grad,) = torch.autograd.grad(loss, logits, torch.ones_like(loss) if upstream is None else upstream)
+    return loss.detach(), grad
+
+
+@ALL_MODES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("content", "upstream"), [(torch.nan, 1.0), (torch.nan, torch.nan), (torch.inf, torch.inf)])
+def test_ignored_rows_are_not_read(
+    backend: str, device: str, mode: str, dtype: torch.dtype, content: float, upstream: float
+) -> None:
+    """Loss, gradient and statistics are 0 whatever stands in the row, its weight or its upstream gradient."""
+    logits = torch.randn(3, 70, device=device, dtype=torch.float64).to(dtype)
+    logits[1] = content
+    targets = torch.tensor([4, -100, 69], device=device)
+    logits.requires_grad_()
+    loss, stats = fused_mixce_loss(
+        logits, targets, 0.3, reduction="none", return_stats=True, backend=backend,
+        token_weights=torch.tensor([1.0, content, 1.0], device=device),
+        label_smoothing=0.1, z_loss=0.1, **MODES[mode],
+    )  # fmt: skip
+    factors = torch.tensor([1.0, upstream, 1.0], device=device, dtype=loss.dtype)
+    (grad,) = torch.autograd.grad(loss, logits, factors)
+    assert loss[1] == 0
+    assert (grad[1] == 0).all()
+    assert all(statistic[1] == 0 for statistic in stats)
+    assert loss[[0, 2]].isfinite().all()
+    assert grad[[0, 2]].isfinite().all()
+
+
+@ALL_MODES
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("rows", [0, 4])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_nothing_valid_is_zero(backend: str, device: str, mode: str, reduction: str, rows: int, weighted: bool) -> None:
+    """Every token ignored, or none there: 0, connected to the graph, with a gradient of 0."""
+    logits = torch.full((rows, 9), torch.nan, device=device, requires_grad=True)
+    targets = torch.full((rows,), -100, device=device)
+    weights = torch.rand(rows, device=device) if weighted else None
+    loss = fused_mixce_loss(logits, targets, reduction=reduction, token_weights=weights, backend=backend, **MODES[mode])
+    assert loss.requires_grad
+    assert loss.shape == ((rows,) if reduction == "none" else ())
+    assert (loss == 0).all()
+    loss.sum().backward()
+    assert logits.grad.shape == (rows, 9)
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("value", [0, 0.0])
+def test_divisor_of_zero_counts_as_one(backend: str, device: str, value: float) -> None:
+    """As for a batch whose every token is ignored."""
+    logits, targets = torch.randn(3, 9, device=device), torch.tensor([1, 2, 3], device=device)
+    total = fused_mixce_loss(logits, targets, reduction="sum", backend=backend)
+    for divisor in (value, torch.tensor(value, device=device)):
+        assert fused_mixce_loss(logits, targets, num_items_in_batch=divisor, backend=backend) == total
+    weights = torch.zeros(3, device=device)
+    assert fused_mixce_loss(logits, targets, token_weights=weights, backend=backend) == 0
+
+
+@ALL_MODES
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("bad", [-1, 50, 2**31 - 1, -(2**31), -101])
+def test_bad_target_raises_before_anything_is_written(mode: str, dtype: torch.dtype, bad: int) -> None:
+    """On the CPU the error names the first bad row and its value, and the logits stay as they were."""
+    for backend in () if INTERPRETED else ("reference", "cpu"):
+        logits = torch.randn(2, 3, 50)
+        before = logits.clone()
+        targets = torch.tensor([[0, -100, 49], [3, bad, 99]], dtype=dtype)
+        with pytest.raises(IndexError, match=rf"expected targets in \[0, 50\).*-100.* got {bad} in row 4$"):
+            fused_mixce_loss(logits.requires_grad_(), targets, backend=backend, **MODES[mode])
+        assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("bad", [2**33 + 1, -(2**40)])
+def test_bad_target_beyond_32_bits(bad: int) -> None:
+    """A 64-bit index is not cut to 32 bits, where it would be a good one."""
+    for backend in () if INTERPRETED else ("reference", "cpu"):
+        with pytest.raises(IndexError, match=f"got {bad} in row 0"):
+            fused_mixce_loss(torch.randn(1, 50), torch.tensor([bad]), backend=backend)
+
+
+@ALL_MODES
+@pytest.mark.parametrize("bad", [-1, 50, 2**31 - 1])
+def test_bad_target_on_a_gpu_is_nan(mode: str, bad: int) -> None:
+    """Without a synchronisation: that row alone is NaN; `validate=True` raises as on the CPU."""
+    if not INTERPRETED and not torch.cuda.is_available():
+        pytest.skip("needs a GPU or the interpreter")
+    device = "cpu" if INTERPRETED else "cuda"
+    logits = torch.randn(3, 50, device=device)
+    targets = torch.tensor([3, bad, 49], device=device)
+    loss, grad = loss_and_grad(logits, targets, backend="triton", **MODES[mode])
+    assert loss.isnan().tolist() == [False, True, False]
+    assert grad.isnan().all(-1).tolist() == [False, True, False]
+    assert grad.isnan().any(-1).tolist() == [False, True, False]
+    with pytest.raises(IndexError, match=f"got {bad} in row 1"):
+        loss_and_grad(logits, targets, backend="triton", validate=True, **MODES[mode])
+
+
+@ALL_MODES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_target_without_probability(backend: str, device: str, mode: str, dtype: torch.dtype, eta: float) -> None:
+    """The limit of -q log q is 0; the gradient is a * p_j beside the target, and -w at it."""
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]], device=device, dtype=dtype)
+    targets = torch.tensor([2], device=device)
+    loss, grad = loss_and_grad(logits, targets, eta, backend=backend, **MODES[mode])
+    assert loss.item() == (0.0 if eta == 0 else torch.inf)
+    p = torch.softmax(torch.tensor([0.0, 1.0, -torch.inf]), -1)
+    expected = eta * (p - torch.tensor([0.0, 0.0, 1.0]))
+    torch.testing.assert_close(grad[0].cpu(), expected.to(dtype), rtol=2 * torch.finfo(dtype).eps + 2e-7, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_logits_get_no_gradient(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Exactly 0 where the probability is, also for whole blocks of -inf before the first finite logit."""
+    logits = torch.full((2, 9000), -torch.inf, device=device, dtype=dtype)
+    logits[0, 8190:8195] = logits[1, 8999] = 1.0
+    targets = torch.tensor([8192, 8999], device=device)
+    loss, grad = loss_and_grad(logits, targets, 1.0, backend=backend)
+    assert (grad[logits.isinf()] == 0).all()
+    torch.testing.assert_close(loss.cpu().double(), torch.tensor([5.0, 1.0]).double().log(), rtol=3e-7, atol=0)
+    assert grad.isfinite().all()
+
+
+# The first vector, the first block, a later block, the last vector, and the tail beyond it.
+@pytest.mark.parametrize("column", [0, 5, 1000, 2047, 2048, 4100, 4111, 4112, 4114])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize(("dtype", "mode"), zip(DTYPES, ("plain", "inplace_grad_in_forward") * 2, strict=True))
+def test_nan_and_inf_fill_their_row(
+    backend: str, device: str, column: int, value: float, dtype: torch.dtype, mode: str
+) -> None:
+    """Loss and the whole gradient row are NaN, as in PyTorch; other rows have the bits they have without it."""
+    logits = torch.randn(3, 4115, device=device, generator=torch.Generator(device).manual_seed(column)).to(dtype)
+    targets = torch.tensor([0, 4114, 2048], device=device)
+    clean = loss_and_grad(logits, targets, 0.3, backend=backend, **MODES[mode])
+    logits[1, column] = value
+    loss, grad = loss_and_grad(logits, targets, 0.3, backend=backend, **MODES[mode])
+    assert loss[1].isnan()
+    assert grad[1].isnan().all()
+    for dirty, before in zip((loss, grad), clean, strict=True):
+        assert torch.equal(dirty[[0, 2]], before[[0, 2]])
+
+
+@pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"logit_scale": 2.0}])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("size", [3, 5000])
+def test_row_of_minus_infinity(backend: str, device: str, extra: dict[str, float], eta: float, size: int) -> None:
+    """It has no distribution: NaN, for every option."""
+    logits = torch.randn(3, size, device=device)
+    logits[1] = -torch.inf
+    loss, grad = loss_and_grad(logits, torch.tensor([0, 1, 2], device=device), eta, backend=backend, **extra)
+    assert loss.isnan().tolist() == [False, True, False]
+    assert grad.isnan().all(-1).tolist() == [False, True, False]
+    assert grad.isnan().any(-1).tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_class(backend: str, device: str, eta: float, dtype: torch.dtype) -> None:
+    """V = 1: certainty costs nothing."""
+    logits = torch.tensor([[3.0], [-1e4], [0.0]], device=device, dtype=dtype)
+    loss, grad = loss_and_grad(logits, torch.tensor([0, 0, -100], device=device), eta, backend=backend)
+    assert (loss == 0).all()
+    assert (grad == 0).all()
+
+
+def test_options_that_are_off_multiply_nothing(backend: str, device: str) -> None:
+    """0 * -inf would be NaN: z_loss and label_smoothing of 0 leave a masked row alone."""
+    logits = torch.tensor([[0.0, -torch.inf, 2.0]], device=device)
+    targets = torch.tensor([0], device=device)
+    loss, grad = loss_and_grad(logits, targets, 0.5, backend=backend, z_loss=0.0, label_smoothing=0.0)
+    assert loss.isfinite().all()
+    assert grad.isfinite().all()
+    # On, they mean what they say: the mean of logits that contain -inf is -inf.
+    loss, _ = loss_and_grad(logits, targets, 0.5, backend=backend, label_smoothing=0.1)
+    assert loss.item() == torch.inf
+
+
+def test_softcap_makes_infinite_logits_finite(backend: str, device: str) -> None:
+    """The cap of +-inf is +-softcap, and its slope there is 0."""
+    logits = torch.tensor([[0.0, -torch.inf, torch.inf]], device=device)
+    loss, grad = loss_and_grad(logits, torch.tensor([2], device=device), 1.0, backend=backend, softcap=2.0)
+    expected = -torch.log_softmax(torch.tensor([0.0, -2.0, 2.0]), -1)[2]
+    torch.testing.assert_close(loss[0].cpu(), expected, rtol=5e-7, atol=0)
+    assert grad[0, 1:].tolist() == [0, 0]
+    assert grad[0, 0] > 0
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.7])
+@pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.2}])
+def test_adding_a_constant_to_all_logits_changes_nothing(
+    backend: str, device: str, scale: float, extra: dict[str, float]
+) -> None:
+    """Multiples of 2^-7 are exact at 1e5: the loss may differ by its own rounding alone, the gradient too."""
+    logits = torch.randint(-500, 500, (8, 3000), device=device) / 128.0
+    targets = torch.arange(8, device=device)
+    keywords = {"logit_scale": scale, "backend": backend, **extra}
+    loss, grad = loss_and_grad(logits, targets, 0.3, **keywords)
+    shifted_loss, shifted_grad = loss_and_grad(logits + 1e5, targets, 0.3, **keywords)
+    torch.testing.assert_close(shifted_loss, loss, rtol=3e-7, atol=0)
+    torch.testing.assert_close(shifted_grad, grad, rtol=0, atol=3e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_confident_tokens_keep_their_gradient(dtype: torch.dtype, mode: str) -> None:
+    """Q rounds to 1 in float32, and p - 1 to 0: the native kernels, which sum in float64, still know -(1 - q) * w."""
+    if INTERPRETED:
+        pytest.skip("of the native kernels")
+    height = torch.tensor([10.0, 17.0, 20.0])
+    logits = torch.zeros(3, 3)
+    logits[:, 1] = height
+    _, grad = loss_and_grad(logits.to(dtype), torch.ones(3, dtype=torch.long), 0.0, backend="cpu", **MODES[mode])
+    q = 1 / (1 + 2 * torch.exp(-height.double()))
+    expected = -q * 2 * torch.exp(-height.double()) * q
+    tolerance = 2e-6 if dtype == torch.float32 else 2.0**-8
+    torch.testing.assert_close(grad[:, 1].double(), expected, rtol=tolerance, atol=0)

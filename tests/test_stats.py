@@ -1,0 +1,125 @@
+"""The statistics that come with the loss: their values, their types, and that asking for them changes nothing."""
+
+from __future__ import annotations
+
+import cases
+import numpy as np
+import pytest
+import torch
+from cases import DTYPES, MODES, Case
+from conftest import INTERPRETED
+from inputs import build
+from numerics import accumulate_dtype, to_numpy
+from oracle import Options
+
+from mixce_kernels import MixCEStats, fused_mixce_loss
+
+STATISTICS = [
+    Case(f"stats_{kind}_{name}", shape=(12, 2500), kind=kind, dtype=dtype, options=options, target_dtype=target_dtype)
+    for kind in ("random", "confident", "masked", "target_masked", "ties", "wide", "nonfinite_rows")
+    for name, options in (
+        ("default", Options()), ("smoothing", Options(label_smoothing=0.1)), ("softcap", Options(softcap=5.0)),
+        ("scale", Options(logit_scale=1.7, z_loss=0.01)),
+    )
+    for dtype, target_dtype in (
+        (torch.float32, torch.int64), (torch.bfloat16, torch.int32), (torch.float16, torch.int64),
+    )
+] + [
+    Case(f"stats_{size}", shape=(5, size), dtype=dtype, eta="per_token")
+    for size in (1, 2, 7, 2047, 2048, 2049)
+    for dtype in DTYPES
+]  # fmt: skip
+STATISTICS += [case for case in cases.SIZES if case.shape[0] == 0]
+
+
+@pytest.mark.parametrize("case", STATISTICS[::5] if INTERPRETED else STATISTICS, ids=str)
+def test_statistics(case: Case, backend: str, device: str) -> None:
+    """Each within float32's rounding of the oracle's; 0 where ignored, NaN where the row is."""
+    moved = build(case).to(device)
+    _, stats = fused_mixce_loss(
+        moved.logits, moved.targets, moved.eta, return_stats=True, backend=backend, **moved.keywords
+    )
+    assert isinstance(stats, MixCEStats)
+    expected = build(case).oracle()
+    dtype = accumulate_dtype(case.dtype)
+    epsilon = torch.finfo(dtype).eps
+    # nll, lse and entropy are differences of numbers as large as the row's finite logits: that is what a float32 of
+    # theirs may be off by, and q and the weight, as exp(-nll), by as much relative to themselves.
+    finite = build(case).flat_logits.double().nan_to_num(0, 0, 0).abs()
+    spread = float(finite.max()) if finite.numel() else 0.0
+    spread = min(spread, case.options.softcap or spread) * case.options.logit_scale + np.log(case.shape[-1]) + 1
+    for name in ("nll", "q", "weight", "lse", "entropy"):
+        result = getattr(stats, name)
+        assert not result.requires_grad
+        assert result.dtype == dtype
+        assert result.shape == moved.targets.shape
+        wide = getattr(expected, name)
+        magnitude = np.abs(wide) if name in ("q", "weight") else 1.0
+        got = to_numpy(result.reshape(-1), wide.dtype)
+        if name == "lse":
+            # Of a row without a distribution it may be NaN or the limit, +-inf.
+            got, wide = (np.where(np.isnan(expected.nll), 0, values) for values in (got, wide))
+        assert (np.isnan(got) == np.isnan(wide)).all(), name
+        assert (np.isposinf(got) == np.isposinf(wide)).all(), name
+        finite_entries = np.isfinite(wide)
+        error = np.abs(np.where(finite_entries, got, 0) - np.where(finite_entries, wide, 0))
+        bound = np.broadcast_to(8 * epsilon * spread * magnitude + 1e-37, error.shape)
+        assert (error <= bound)[finite_entries].all(), f"{name}: {error[finite_entries].max()} of {bound.max()}"
+    assert stats.correct.dtype == torch.bool
+    assert stats.correct.shape == moved.targets.shape
+    assert (stats.correct.reshape(-1).cpu().numpy() == expected.correct).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0, 3.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_probabilities_are_probabilities(backend: str, device: str, softcap: float | None, dtype: torch.dtype) -> None:
+    """No nll below 0, no q above 1, no entropy below 0: exactly, also for tokens that are almost certain."""
+    logits = torch.randn(200, 64, device=device)
+    targets = torch.randint(64, (200,), device=device)
+    logits[torch.arange(200), targets] = torch.linspace(0, 60, 200, device=device)
+    loss, stats = fused_mixce_loss(
+        logits.to(dtype), targets, 0.0, softcap=softcap, reduction="none", return_stats=True, backend=backend
+    )
+    assert (stats.nll >= 0).all()
+    assert (stats.q <= 1).all()
+    assert (stats.weight <= 1).all()
+    assert (loss >= 0).all()
+    assert (stats.entropy >= -1e-6).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_asking_for_statistics_changes_nothing_else(kernels: str, device: str, mode: str, dtype: torch.dtype) -> None:
+    """Loss and gradient are those of a call without them, but for a rounding."""
+    results = []
+    for return_stats in (False, True):
+        moved = build(Case("bits", shape=(6, 2500), dtype=dtype, mode=mode, kind="masked")).to(device)
+        result = fused_mixce_loss(
+            moved.logits, moved.targets, moved.eta, return_stats=return_stats, backend=kernels, **moved.keywords
+        )
+        loss = result[0] if return_stats else result
+        results.append((loss, *torch.autograd.grad(loss, moved.logits, moved.upstream)))
+    for without, with_statistics in zip(*results, strict=True):
+        epsilon = torch.finfo(without.dtype).eps
+        torch.testing.assert_close(with_statistics, without, rtol=2 * epsilon, atol=2 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [5, 2049, 5000])
+def test_correct_is_the_first_of_the_largest(backend: str, device: str, dtype: torch.dtype, size: int) -> None:
+    """As `argmax`: of equal logits the first counts."""
+    logits = torch.zeros(4, size, device=device, dtype=dtype)
+    logits[:, 2] = logits[:, -1] = 1.0
+    targets = torch.tensor([2, size - 1, 0, -100], device=device)
+    _, stats = fused_mixce_loss(logits, targets, return_stats=True, backend=backend)
+    assert stats.correct.tolist() == [True, False, False, False]
+
+
+def test_entropy_of_known_distributions(backend: str, device: str) -> None:
+    """Log V of the uniform one, 0 of a certain one, log 2 of a coin's among masked logits."""
+    logits = torch.zeros(3, 4096, device=device)
+    logits[1, 7] = 200.0
+    logits[2, 2:] = -torch.inf
+    _, stats = fused_mixce_loss(logits, torch.tensor([0, 7, 1], device=device), return_stats=True, backend=backend)
+    expected = torch.tensor([4096.0, 1.0, 2.0]).log()
+    torch.testing.assert_close(stats.entropy.cpu(), expected, rtol=1e-6, atol=1e-6)
