@@ -78,11 +78,17 @@ def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> t
         grad_logits = logits_grad(logits, targets, state, scaled, eta, ctx.eta_value, *ctx.options, ctx.backend)
         return grad_logits, *nothing
     grad_logits, ctx.grad_logits = ctx.grad_logits, None
+    grad_loss = _of_valid_rows(grad_loss, targets, ctx.options[0])
     if type(grad_logits) is not Tensor:
         # Traced: a compiler plans the memory itself, and wants no output of the forward written to.
         return (grad_logits * grad_loss.unsqueeze(-1)).to(grad_logits.dtype), *nothing
     ops.scale_rows_(grad_logits, grad_loss, ctx.backend)
     return grad_logits, *nothing
+
+
+def _of_valid_rows(grad_loss: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """The upstream gradient, 1 where ignored: the gradient there is 0, which NaN or infinity must not multiply."""
+    return torch.where(targets == ignore_index, 1.0, grad_loss)
 
 
 class ForwardWithGradInplace(torch.autograd.Function):
@@ -99,7 +105,8 @@ class ForwardWithGradInplace(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.n_inputs = len(rest)
         # Saved after the write: whoever saved the logits before it gets PyTorch's error, and so does a second backward.
-        ctx.save_for_backward(logits)
+        ctx.save_for_backward(logits, rest[0])
+        ctx.ignore_index = rest[4]
         return results
 
     @staticmethod
@@ -107,8 +114,8 @@ class ForwardWithGradInplace(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return None, *(None,) * ctx.n_inputs
-        (grad_logits,) = ctx.saved_tensors
-        ops.scale_rows_(grad_logits, grad_loss, ctx.backend)
+        grad_logits, targets = ctx.saved_tensors
+        ops.scale_rows_(grad_logits, _of_valid_rows(grad_loss, targets, ctx.ignore_index), ctx.backend)
         return grad_logits.detach(), *(None,) * ctx.n_inputs
 
 

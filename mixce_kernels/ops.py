@@ -4,8 +4,9 @@
     logits_grad         logits, state, grad_loss -> grad_logits            (one read, one write)
     forward_with_grad   both at once, for an upstream gradient known in advance
 
-A name that ends in `_` writes the gradient over the logits. `state` is [5, ...]: m, s, a, c, t of each token, and
-`stats` is [5, ...]: nll, q, weight, lse, entropy, empty unless asked for, as is `correct`.
+The last multiplies the loss by that upstream gradient too. A name that ends in `_` writes the gradient over the logits.
+`state` is [5, ...]: m, s, a, c, t of each token, and `stats` is [5, ...]: nll, q, weight, lse, entropy, empty unless
+asked for, as is `correct`.
 """
 
 from __future__ import annotations
@@ -127,8 +128,8 @@ def _forward_into(
     results = _empty_results(logits, targets, with_stats)
     serve = backends.get(backend).forward
     serve(logits, targets, eta, eta_value, TokenOptions(*options), results, grad_loss, grad_logits)
-    results[0].mul_(grad_loss)
-    return results
+    loss, *others = results
+    return loss * grad_loss, *others
 
 
 def scale_rows_(grad_logits: Tensor, grad_loss: Tensor, backend: str) -> None:
@@ -165,12 +166,13 @@ def _(logits: Tensor, *rest: Any) -> Tensor:
 
 @torch.library.register_fake("mixce_kernels::forward_with_grad", lib=library)
 def _(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return *_empty_results(logits, targets, with_stats=rest[-2]), _empty_grad(logits)
+    return *_empty_weighted_results(logits, targets, *rest), _empty_grad(logits)
 
 
 @torch.library.register_fake("mixce_kernels::forward_with_grad_", lib=library)
-def _(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _empty_results(logits, targets, with_stats=rest[-2])
+def _empty_weighted_results(logits: Tensor, targets: Tensor, grad_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    loss, *others = _empty_results(logits, targets, with_stats=rest[-2])
+    return loss * grad_loss, *others
 
 
 @torch.library.register_fake("mixce_kernels::logits_grad_", lib=library)

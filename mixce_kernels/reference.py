@@ -62,7 +62,7 @@ def mixce_loss_reference(
         loss = loss.sum()
     if reduction == "mean":
         divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
-        divisor = torch.as_tensor(divisor, dtype=loss.dtype, device=loss.device)
+        divisor = torch.as_tensor(divisor, dtype=loss.dtype, device=loss.device).reshape(())
         loss = loss / torch.where(divisor == 0, 1.0, divisor)
     return (loss, stats) if return_stats else loss
 
@@ -105,9 +105,9 @@ def token_losses(
         ce = (1.0 - label_smoothing) * nll + label_smoothing * (s - d.mean(-1))
 
     q = torch.exp(-nll.detach())
+    if isinstance(eta, Tensor):
+        eta = eta.to(q.dtype)
     w = eta + (1.0 - eta) * q
-    if isinstance(w, Tensor):
-        w = w.to(q.dtype)
     # At a weight of 0 the loss is its limit, 0, even where ce is infinite.
     loss = torch.where(w == 0.0, 0.0, torch.where(w == 0.0, 0.0, ce) * w)
     if z_loss > 0.0:

@@ -1,4 +1,4 @@
-"""The Triton kernels as compiled for GPUs that need not be there: ptxas accepts what the interpreter does not promise."""
+"""The Triton kernels as compiled for GPUs that need not be there: what the interpreter accepts, ptxas may not."""
 
 from __future__ import annotations
 

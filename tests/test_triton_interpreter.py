@@ -93,14 +93,13 @@ def test_bad_target_is_nan_in_its_row_alone(bad: int, mode: str) -> None:
     leaf = torch.zeros((), requires_grad=True)
     inplace = "inplace" in mode
     base = memory + 0 * leaf if inplace else memory.requires_grad_()
+    base.retain_grad()
     logits = base[1:5]
-    if inplace:
-        logits.retain_grad()
     loss, stats = fused_mixce_loss(
         logits, targets, 0.3, reduction="none", return_stats=True, backend="triton", **MODES[mode]
     )
     loss.sum().backward()
-    grad = logits.grad if inplace else memory.grad[1:5]
+    grad = base.grad[1:5]
     expected_nan = torch.tensor([False, True, False, False])
     assert torch.equal(loss.isnan(), expected_nan)
     for statistic in stats[:5]:
@@ -113,13 +112,14 @@ def test_bad_target_is_nan_in_its_row_alone(bad: int, mode: str) -> None:
 
 
 @interpreted
+@pytest.mark.parametrize("factor_dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_scale_rows_leaves_rows_with_factor_one(dtype: torch.dtype) -> None:
+def test_scale_rows_leaves_rows_with_factor_one(dtype: torch.dtype, factor_dtype: torch.dtype) -> None:
     from mixce_kernels.backends import triton as backend
 
     grad = torch.randn(4, 1031, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = grad.clone()
-    backend.scale_rows_(grad, torch.tensor([1.0, 2.0, 0.0, -0.5]))
+    backend.scale_rows_(grad, torch.tensor([1.0, 2.0, 0.0, -0.5], dtype=factor_dtype))
     expected = before * torch.tensor([1.0, 2.0, 0.0, -0.5], dtype=dtype)[:, None]  # powers of two: exact
     assert torch.equal(grad, expected)
 

@@ -39,23 +39,24 @@ class Variant(NamedTuple):
 
 
 def variants(name: str) -> list[tuple[str, Variant]]:
-    """Targets and variants: `some` for every run, `all` is the full product."""
+    """Targets and variants: `some` for every run; `all` is every type for every target with each option alone."""
+    none, every = (False,) * len(FLAGS), (True,) * len(FLAGS)
+    alone = [tuple(flag == only for flag in FLAGS) for only in FLAGS]
     if name == "all":
-        choices = list(itertools.product((False, True), repeat=len(FLAGS)))
+        choices = [none, every, *alone]
         dtypes_and_targets = list(itertools.product(ITEMSIZES, TARGETS))
     else:
-        none, every = (False,) * len(FLAGS), (True,) * len(FLAGS)
         choices = [none, every]
         dtypes_and_targets = [(dtype, "sm_90") for dtype in ITEMSIZES]
         dtypes_and_targets += [("bf16", target) for target in TARGETS if target != "sm_90"]
     result = []
     for dtype, target in dtypes_and_targets:
         for flags in choices:
-            # Rows that stay in registers (8000) and rows that do not.
+            # With a gradient: rows that stay in registers (8000) and rows that do not.
             for vocab_size in (8000, 50257) if flags[-1] and (name == "all" or target == "sm_90") else (50257,):
                 result.append((target, Variant("forward", dtype, vocab_size, flags)))
         for cap in (False, True):
-            result.append((target, Variant("logits_grad", dtype, flags=(cap, False, False, False, False))))
+            result.append((target, Variant("logits_grad", dtype, flags=(cap, *none[1:]))))
         result.append((target, Variant("logits_grad", dtype, same_window=False)))
         result.append((target, Variant("scale_rows", dtype)))
     return result

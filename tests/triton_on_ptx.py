@@ -8,6 +8,8 @@ import torch
 from triton_check import check, confident_inputs
 
 from mixce_kernels import fused_mixce_loss
+from mixce_kernels.backends import triton as backend
+from mixce_kernels.triton_kernels import kernels
 
 # Both windows of a gradient, a row in registers and rows past one block, each type, each option.
 CASES = [
@@ -53,6 +55,20 @@ def main() -> None:
         assert counters["global_loaded_bytes"] < 1.05 * 2 * logits.numel(), counters
         assert counters["instructions"] <= 11 * logits.numel(), counters
         assert counters["special_ops"] <= 1.08 * logits.numel(), counters
+
+        # Rows whose factor is 1 are neither read nor written: each thread reads the factor alone.
+        backend.scale_rows_(logits, torch.tensor([1.0, 1.0]))
+        counters = launches[-1].counters
+        assert not counters["global_stores"], counters
+        assert list(counters["global_loads"]) == [4], counters
+
+        # Values do not specialise: neither sizes and strides of 1 or of multiples of 16, nor options, nor addresses.
+        compiled = len(kernels.forward_kernel.device_caches[90][0])
+        assert compiled > 0
+        for n_rows, vocab_size, ignore_index, eta in ((1, 50257, 1, 0.0), (2, 50272, 16, 1.0), (1, 50258, 2**40, 0.3)):
+            logits, targets = torch.randn(n_rows, vocab_size + 16).bfloat16(), torch.full((n_rows,), 3)
+            fused_mixce_loss(logits[:, 3 : 3 + vocab_size], targets, eta, ignore_index=ignore_index, backend="triton")
+        assert len(kernels.forward_kernel.device_caches[90][0]) == compiled
     print("ran", len(launches) > 0)
 
 

@@ -33,7 +33,8 @@ class Backend(Protocol):
         """Loss, state and statistics of each token, and with `grad_logits` its gradient times `grad_loss`.
 
         Raises:
-            IndexError: a target is out of range and the tensors are on the CPU; nothing is written then.
+            IndexError: a target is out of range, from `cpu`, which has written nothing then. A GPU's backend writes NaN
+                into that row's results instead.
         """
 
     def logits_grad(

@@ -44,8 +44,14 @@ def rows_of(tensor: Tensor) -> Rows | None:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Whether two rows of a tensor share memory, as those of `Tensor.expand` do."""
-    return any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    """Whether two elements may share memory, as those of `Tensor.expand` or of sliding windows do."""
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
 
 
 def flat(tensor: Tensor) -> tuple[Tensor, int]:

@@ -286,6 +286,7 @@ def scale_rows_kernel(
     if factor == 1.0:
         return
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    factor = factor.to(tl.float64 if dtype == tl.float64 else tl.float32)
     grad_ptr += row_begin(row, inner, outer_stride, inner_stride)
     window = window_of(grad_ptr, vocab_size, VECTOR)
     lead, body_begin, body_end = window

@@ -41,8 +41,8 @@ def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, label_smoothing, 
     """A token's loss, its statistics and the numbers from which its gradient is made (Zhang et al. 2023, equation 8).
 
     m is the largest z, s is log sum exp(z - m), d_target is z_target - m, mean_shifted the mean of z - m. The gradient
-    is dloss/dz_j = a * p_j - c, and t at the target. All are float64, for a few operations a row: nll may be much smaller
-    than its parts. Exponentials are of type `real`.
+    is dloss/dz_j = a * p_j - c, and t at the target. All are float64, for some twenty operations a row: nll is a
+    difference, and the loss a product of roundings. Exponentials are of type `real`.
     """
     lse = m + s
     nll = s - d_target
