@@ -15,8 +15,11 @@ VOCAB_SIZES = (1, 7, 32, 1000, 4096, 4097, 16384, 16385, 32000, 50257, 128256, 2
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("with_grad", [False, True])
-def test_row_config_is_a_launch(vocab_size: int, itemsize: int, with_grad: bool, warp_size: int) -> None:
-    config = row_config(vocab_size, itemsize, with_grad, warp_size)
+@pytest.mark.parametrize("with_stats", [False, True])
+def test_row_config_is_a_launch(
+    vocab_size: int, itemsize: int, with_grad: bool, with_stats: bool, warp_size: int
+) -> None:
+    config = row_config(vocab_size, itemsize, with_grad, with_stats, warp_size)
     assert config.lanes == config.num_warps * warp_size
     assert config.num_warps * warp_size <= 1024
     assert config.vector * itemsize == VECTOR_BYTES

@@ -70,7 +70,7 @@ def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
     real = "fp64" if variant.dtype == "fp64" else "fp32"
     constants: dict[str, Any] = dict(zip(FLAGS, variant.flags, strict=True)) | {"SAME_WINDOW": variant.same_window}
     if variant.kernel == "forward":
-        row = row_config(variant.vocab_size, itemsize, variant.flags[-1], target.warp_size)
+        row = row_config(variant.vocab_size, itemsize, constants["HAS_GRAD"], constants["STATS"], target.warp_size)
         constants |= {"STACK": row.stack, "LANES": row.lanes, "VECTOR": row.vector, "ONE_BLOCK": row.one_block}
         num_warps = row.num_warps
     else:

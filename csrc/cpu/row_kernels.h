@@ -1,9 +1,10 @@
-// Rows of logits for one instruction set: walks rows, runs the two passes of row_passes.h and the epilogue
+// Rows of logits for one instruction set: walks rows, runs the two passes and the epilogue
 // between them.
 #pragma once
 
+#include "row_grad.h"
 #include "row_kernel_table.h"
-#include "row_passes.h"
+#include "row_stats.h"
 
 namespace mixce {
 namespace {

@@ -51,6 +51,18 @@ struct FloatVector {
     return _mm256_or_ps(a, _mm256_and_ps(sign, _mm256_set1_ps(-0.0f)));
   }
 
+  // Sixteen-bit lanes, as bits.
+  using Bits16 = __m256i;
+  static constexpr int kWidth16 = 16;
+  MIXCE_INLINE Bits16 load_bits16(const void* in) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
+  }
+  MIXCE_INLINE void store_bits16(void* out, Bits16 bits) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bits);
+  }
+  MIXCE_INLINE Bits16 max_signed(Bits16 a, Bits16 b) { return _mm256_max_epi16(a, b); }
+  MIXCE_INLINE Bits16 min_unsigned(Bits16 a, Bits16 b) { return _mm256_min_epu16(a, b); }
+
   // Two vectors at once, in an order of their own that load_pair and store_pair share: bfloat16 comes as even
   // and odd elements, which needs no permutation.
   template <typename T>
@@ -84,11 +96,9 @@ struct FloatVector {
   MIXCE_INLINE void prefetch(const void* in) { _mm_prefetch(static_cast<const char*>(in), _MM_HINT_T0); }
 
  private:
-  // Rounded to nearest, ties to even, with the result in the upper half of each lane.
+  // Rounded to nearest, ties away from zero, with the result in the upper half of each lane.
   MIXCE_INLINE __m256i rounded_bfloat16(Reg value) {
-    const __m256i bits = _mm256_castps_si256(value);
-    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    return _mm256_add_epi32(_mm256_castps_si256(value), _mm256_set1_epi32(0x8000));
   }
   MIXCE_INLINE __m256i interleaved_bfloat16(Reg a, Reg b) {
     return _mm256_blend_epi16(_mm256_srli_epi32(rounded_bfloat16(a), 16), rounded_bfloat16(b), 0xaa);

@@ -55,6 +55,14 @@ struct FloatVector {
     return _mm512_castsi512_ps(_mm512_or_si512(_mm512_castps_si512(a), bit));
   }
 
+  // Sixteen-bit lanes, as bits.
+  using Bits16 = __m512i;
+  static constexpr int kWidth16 = 32;
+  MIXCE_INLINE Bits16 load_bits16(const void* in) { return _mm512_loadu_si512(in); }
+  MIXCE_INLINE void store_bits16(void* out, Bits16 bits) { _mm512_storeu_si512(out, bits); }
+  MIXCE_INLINE Bits16 max_signed(Bits16 a, Bits16 b) { return _mm512_max_epi16(a, b); }
+  MIXCE_INLINE Bits16 min_unsigned(Bits16 a, Bits16 b) { return _mm512_min_epu16(a, b); }
+
   // Two vectors at once, in an order of their own that load_pair and store_pair share: bfloat16 comes as even
   // and odd elements, which needs no permutation.
   template <typename T>
@@ -88,11 +96,9 @@ struct FloatVector {
   MIXCE_INLINE void prefetch(const void* in) { _mm_prefetch(static_cast<const char*>(in), _MM_HINT_T0); }
 
  private:
-  // Rounded to nearest, ties to even, with the result in the upper half of each lane.
+  // Rounded to nearest, ties away from zero, with the result in the upper half of each lane.
   MIXCE_INLINE __m512i rounded_bfloat16(Reg value) {
-    const __m512i bits = _mm512_castps_si512(value);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    return _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    return _mm512_add_epi32(_mm512_castps_si512(value), _mm512_set1_epi32(0x8000));
   }
   MIXCE_INLINE __m512i interleaved_bfloat16(Reg a, Reg b) {
     const __m512i low = _mm512_srli_epi32(rounded_bfloat16(a), 16);

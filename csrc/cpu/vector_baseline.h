@@ -37,6 +37,15 @@ struct FloatVector {
   MIXCE_INLINE Reg with_sign_of(Reg a, Reg sign) {
     return reinterpret_cast<Reg>(reinterpret_cast<Bits>(a) | (reinterpret_cast<Bits>(sign) & 0x80000000u));
   }
+  using Bits16 = uint16_t;
+  static constexpr int kWidth16 = 1;
+  MIXCE_INLINE Bits16 load_bits16(const void* in) { return *static_cast<const uint16_t*>(in); }
+  MIXCE_INLINE void store_bits16(void* out, Bits16 bits) { *static_cast<uint16_t*>(out) = bits; }
+  MIXCE_INLINE Bits16 max_signed(Bits16 a, Bits16 b) {
+    return static_cast<int16_t>(a) > static_cast<int16_t>(b) ? a : b;
+  }
+  MIXCE_INLINE Bits16 min_unsigned(Bits16 a, Bits16 b) { return a < b ? a : b; }
+
   template <typename T>
   static constexpr bool kPairsInOrder = true;
   template <typename T>

@@ -52,7 +52,8 @@ def forward(
     eta_entries, eta_stride = (loss, 0) if eta is None else flat(eta)
     upstream, upstream_stride = (loss, 0) if grad_loss is None else flat(grad_loss)
     vocab_size = logits.shape[-1]
-    config = row_config(vocab_size, logits.element_size(), has_grad, _WARP_SIZE)
+    with_stats = stats.dim() > 1
+    config = row_config(vocab_size, logits.element_size(), has_grad, with_stats, _WARP_SIZE)
     with _device_of(logits):
         _kernels().forward_kernel[(rows.number,)](
             logits,
@@ -83,7 +84,7 @@ def forward(
             HAS_GRAD=has_grad,
             CAP=options.softcap is not None,
             SMOOTH=options.label_smoothing > 0,
-            STATS=stats.dim() > 1,
+            STATS=with_stats,
             SAME_WINDOW=same_window,
             ONE_BLOCK=config.one_block and same_window,
             STACK=config.stack,

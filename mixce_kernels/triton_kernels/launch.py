@@ -7,6 +7,7 @@ from dataclasses import dataclass
 VECTOR_BYTES = 16
 # Logits a thread holds at once: enough loads in flight, one exponential for the running maximum to so many, no spills.
 _PER_THREAD = {2: 32, 4: 32, 8: 4}
+_PER_THREAD_STATS = {2: 32, 4: 16, 8: 4}
 # A row's last block wastes less, and its threads synchronise less, in a small program; rows are many.
 _ROW_WARPS = 4
 # With a gradient: up to here the whole row stays in registers, beyond it few rows at a time share L2.
@@ -45,13 +46,15 @@ class TileConfig:
     num_warps: int
 
 
-def row_config(vocab_size: int, itemsize: int, with_grad: bool, warp_size: int = 32) -> RowConfig:
+def row_config(
+    vocab_size: int, itemsize: int, with_grad: bool, with_stats: bool = False, warp_size: int = 32
+) -> RowConfig:
     """The launch of the forward kernel.
 
     With a gradient and a row that fits the registers of one program, the row is read once.
     """
     vector = VECTOR_BYTES // itemsize
-    max_stack = _PER_THREAD[itemsize] // vector
+    max_stack = (_PER_THREAD_STATS if with_stats else _PER_THREAD)[itemsize] // vector
     num_warps, stack = _smallest(
         vocab_size, vector, max_stack, _ONE_BLOCK_WARPS if with_grad else _ROW_WARPS, warp_size
     )

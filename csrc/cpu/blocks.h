@@ -1,0 +1,86 @@
+// What both passes over a row share: logits become exponents, and a row is walked in blocks that stay in L1.
+#pragma once
+
+#include "../mixce_math.h"
+#include "row_kernel_table.h"
+#include "simd.h"
+
+// Work on a block is a function of its own, so that its loop has all registers to itself.
+#define MIXCE_BLOCK static __attribute__((noinline))
+
+namespace mixce {
+namespace {
+
+// How logits become exponents: fixed for a call. Without a softcap the scale is applied to differences of
+// logits, which keeps the digits of logits near 1e5; with one it is applied before the cap.
+template <typename Real>
+struct Transform {
+  Real diff_scale;  // from a difference of (capped) logits to one of z
+  Real cap, tanh_scale;
+};
+
+// cap * tanh(tanh_scale * x) and its slope by its argument, 1 - tanh^2, without the cancellation.
+template <typename V>
+struct Capped {
+  typename V::Reg value, slope;
+};
+
+MIXCE_INLINE Capped<FloatVector> capped(FloatVector::Reg x, const Transform<float>& transform) {
+  using V = FloatVector;
+  constexpr float kFactor = 2 * kLog2E;
+  const V::Reg u = V::mul(x, V::set(transform.tanh_scale));
+  const V::Reg d = V::sub(V::set(0.0f), V::magnitude(u));
+  const Exp2Parts parts = exp2_parts(d, V::set(kFactor), V::set(-127.0f / kFactor));
+  // expm1(-2|u|) = 2^n * p * f + (2^n - 1); tanh|u| = -expm1 / (expm1 + 2).
+  const V::Reg expm1 = V::fma(V::mul(parts.power, parts.p), parts.f, V::sub(parts.power, V::set(1.0f)));
+  const V::Reg inverse = V::div(V::set(1.0f), V::add(expm1, V::set(2.0f)));
+  const V::Reg tanh_magnitude = V::mul(V::sub(V::set(0.0f), expm1), inverse);
+  const V::Reg exponential = V::add(expm1, V::set(1.0f));
+  const V::Reg slope = V::mul(V::mul(V::set(4.0f), exponential), V::mul(inverse, inverse));
+  return {V::mul(V::set(transform.cap), V::with_sign_of(tanh_magnitude, u)), slope};
+}
+
+MIXCE_INLINE Capped<DoubleVector> capped(double x, const Transform<double>& transform) {
+  const double t = tanh(transform.tanh_scale * x);
+  return {transform.cap * t, (1 - t) * (1 + t)};
+}
+
+template <typename V>
+MIXCE_INLINE typename V::Real first_lane(typename V::Reg reg) {
+  typename V::Real lanes[V::kWidth];
+  V::store(lanes, reg);
+  return lanes[0];
+}
+
+template <typename V, typename T, bool kCap>
+MIXCE_INLINE typename V::Real capped_scalar(typename V::Real x,
+                                            const Transform<typename V::Real>& transform) {
+  if constexpr (kCap) return first_lane<V>(capped(V::set(x), transform).value);
+  return x;
+}
+
+// The blocks of a row: body(begin, size) for each.
+template <typename Body>
+MIXCE_INLINE void walk_row(int64_t vocab_size, Body body) {
+  for (int64_t begin = 0; begin < vocab_size; begin += kBlock) {
+    body(begin, vocab_size - begin < kBlock ? vocab_size - begin : kBlock);
+  }
+}
+
+// The n <= kWidth elements at x, in order, in a vector whose other lanes are 0.
+template <typename V, typename T>
+MIXCE_INLINE typename V::Reg load_edge(const T* x, int64_t n) {
+  typename V::Real padded[V::kWidth] = {};
+  for (int64_t i = 0; i < n; ++i) padded[i] = to_real(x[i]);
+  return V::load(padded);
+}
+
+template <typename V, typename T>
+MIXCE_INLINE void store_edge(T* out, typename V::Reg value, int64_t n) {
+  typename V::Real padded[V::kWidth];
+  V::store(padded, value);
+  for (int64_t i = 0; i < n; ++i) from_real(padded[i], out + i);
+}
+
+}  // namespace
+}  // namespace mixce
