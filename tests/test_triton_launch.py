@@ -22,6 +22,7 @@ def test_row_config_is_a_launch(
     config = row_config(vocab_size, itemsize, with_grad, with_stats, warp_size)
     assert config.lanes == config.num_warps * warp_size
     assert config.num_warps * warp_size <= 1024
+    assert config.max_registers is None or config.max_registers * config.lanes <= 65536
     assert config.vector * itemsize == VECTOR_BYTES
     # Edges are up to two vectors: each has a lane of its own.
     assert config.lanes >= 2 * config.vector

@@ -72,11 +72,13 @@ def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
     if variant.kernel == "forward":
         row = row_config(variant.vocab_size, itemsize, constants["HAS_GRAD"], constants["STATS"], target.warp_size)
         constants |= {"STACK": row.stack, "LANES": row.lanes, "VECTOR": row.vector, "ONE_BLOCK": row.one_block}
-        num_warps = row.num_warps
+        options = {"num_warps": row.num_warps}
+        if row.max_registers is not None:
+            options["maxnreg"] = row.max_registers
     else:
         tile = tile_config(4096, variant.vocab_size, itemsize, target.warp_size)
         constants |= {"BLOCK": tile.block, "STEP": tile.step, "VECTOR": tile.vector}
-        num_warps = tile.num_warps
+        options = {"num_warps": tile.num_warps}
 
     pointers = {"logits_ptr": variant.dtype, "grad_ptr": variant.dtype, "targets_ptr": "i64", "correct_ptr": "i1"}
     signature, constexprs = {}, {}
@@ -89,7 +91,7 @@ def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
         else:
             signature[param.name] = param.annotation_type
     source = ASTSource(function, signature=signature, constexprs=constexprs)
-    return triton.compile(source, target=target, options={"num_warps": num_warps})
+    return triton.compile(source, target=target, options=options)
 
 
 @functools.cache

@@ -20,6 +20,7 @@ template <typename V, typename Edge, typename Pair>
 MIXCE_INLINE void walk_block(int64_t head, int64_t size, Edge edge, Pair pair) {
   int64_t i = 0;
   for (; i < head; i += V::kWidth) edge(i, head - i < V::kWidth ? head - i : V::kWidth);
+#pragma GCC unroll 2
   for (i = head; i + 2 * V::kWidth <= size; i += 2 * V::kWidth) pair(i);
   for (; i < size; i += V::kWidth) edge(i, size - i < V::kWidth ? size - i : V::kWidth);
 }

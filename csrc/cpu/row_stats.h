@@ -136,6 +136,7 @@ MIXCE_BLOCK void add_block(const T* x, int64_t size, typename V::Real m,
   // Apart, not in a struct, which would stay in memory.
   Reg exp_sum = V::set(0), shifted_sum = exp_sum, exp_shifted_sum = exp_sum;
   int64_t i = 0;
+#pragma GCC unroll 2
   for (; i + 2 * V::kWidth <= size; i += 2 * V::kWidth) {
     Reg a, b;
     V::load_pair(x + i, &a, &b);

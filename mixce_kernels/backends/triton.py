@@ -91,6 +91,7 @@ def forward(
             LANES=config.lanes,
             VECTOR=config.vector,
             num_warps=config.num_warps,
+            **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
         )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 VECTOR_BYTES = 16
 # Logits a thread holds at once: enough loads in flight, one exponential for the running maximum to so many, no spills.
 _PER_THREAD = {2: 32, 4: 32, 8: 4}
-_PER_THREAD_STATS = {2: 32, 4: 16, 8: 4}
 # A row's last block wastes less, and its threads synchronise less, in a small program; rows are many.
 _ROW_WARPS = 4
 # With a gradient: up to here the whole row stays in registers, beyond it few rows at a time share L2.
@@ -16,6 +15,7 @@ _GRAD_WARPS = 8
 _TILE_WARPS = 8
 # Enough programs to fill any GPU several times over; more of them would only repeat the reading of a row's terms.
 _TILE_PROGRAMS = 2048
+_REGISTERS = 65536  # of an NVIDIA multiprocessor
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class RowConfig:
     vector: int
     num_warps: int
     one_block: bool
+    max_registers: int | None
 
     @property
     def block(self) -> int:
@@ -54,7 +55,7 @@ def row_config(
     With a gradient and a row that fits the registers of one program, the row is read once.
     """
     vector = VECTOR_BYTES // itemsize
-    max_stack = (_PER_THREAD_STATS if with_stats else _PER_THREAD)[itemsize] // vector
+    max_stack = _PER_THREAD[itemsize] // vector
     num_warps, stack = _smallest(
         vocab_size, vector, max_stack, _ONE_BLOCK_WARPS if with_grad else _ROW_WARPS, warp_size
     )
@@ -62,7 +63,9 @@ def row_config(
     if with_grad and not one_block:
         num_warps = _GRAD_WARPS
     lanes = num_warps * warp_size
-    return RowConfig(stack, lanes, vector, num_warps, one_block)
+    # With statistics ptxas would sooner spill some registers than run fewer programs at once, unless it is told a number.
+    max_registers = min(255, _REGISTERS // lanes) if with_stats and warp_size == 32 else None
+    return RowConfig(stack, lanes, vector, num_warps, one_block, max_registers)
 
 
 def tile_config(n_rows: int, vocab_size: int, itemsize: int, warp_size: int = 32) -> TileConfig:
