@@ -142,7 +142,7 @@ def fused_mixce_loss(
     return (loss, MixCEStats.of(stats, correct)) if return_stats else loss
 
 
-# Factors, sums and quotients of tokens are float64: beside a vocabulary they cost nothing, and the loss is rounded once.
+# Factors, sums and quotients of tokens are float64: beside a vocabulary that is free, and the loss is rounded once.
 
 
 def _weights(targets: Tensor, ignore_index: int, token_weights: Tensor | None) -> Tensor | None:

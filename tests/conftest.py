@@ -18,6 +18,11 @@ if torch.cuda.is_available() and not INTERPRETED:
     BACKENDS.append(pytest.param("triton", marks=pytest.mark.gpu))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that no worker is left alone with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """Every backend that this process can try."""

@@ -1,4 +1,4 @@
-"""The AVX-512 row kernels on a machine that may lack AVX-512: compiled with SIMDe for AVX2 and run through the CPU tests."""
+"""The AVX-512 row kernels without AVX-512 in the machine: compiled for AVX2 with SIMDe, and run by the CPU tests."""
 
 from __future__ import annotations
 
@@ -42,17 +42,23 @@ def emulated_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         objects.append(folder / f"{source.stem}.o")
         subprocess.run(compile_object(source, objects[-1], *flags), check=True)
     extension = package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    command = compile_object(Path(), Path())[:1] + ["-shared", "-fopenmp", *map(str, objects), "-o", str(extension)]
+    command = [*compile_object(Path(), Path())[:1], "-shared", "-fopenmp", *map(str, objects), "-o", str(extension)]
     subprocess.run(command, check=True)
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SIMDE.exists(), reason="needs SIMDe (libsimde-dev) to emulate AVX-512")
 @pytest.mark.skipif("avx2" not in Path("/proc/cpuinfo").read_text(), reason="the emulation runs on AVX2")
 def test_cpu_tests_pass_with_emulated_avx512(emulated_package: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(emulated_package)}
+    which = "import mixce_kernels.backends.cpu as cpu; print(cpu.__file__, cpu.isa())"
+    settings = {"cwd": ROOT / "tests", "env": environment, "capture_output": True, "text": True}
+    used = subprocess.run([sys.executable, "-c", which], check=True, **settings)
+    assert used.stdout.split() == [str(emulated_package / "mixce_kernels" / "backends" / "cpu.py"), "avx512"]
+
     tests = ["test_loss.py", "test_edge_cases.py", "test_stats.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", *tests]
-    environment = os.environ | {"PYTHONPATH": str(emulated_package), "MIXCE_CPU_ISA": "avx512"}
-    result = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True)
+    result = subprocess.run(command, **settings)
     assert result.returncode == 0, result.stdout[-4000:]
     assert " passed" in result.stdout

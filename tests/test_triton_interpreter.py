@@ -1,6 +1,5 @@
-"""What only Triton's geometry can break, under its interpreter, which needs a process of its own.
-
-The table of cases that all backends share runs there too: `TRITON_INTERPRET=1 pytest`.
+"""Triton's interpreter, which needs a process of its own: the tests that all backends share, and what only Triton's
+geometry can break.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +27,19 @@ MODES = {
 EXTRA_ULPS = {torch.bfloat16: 1, torch.float32: 0}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="this is that process")
-def test_in_a_process_of_its_own() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", __file__]
+@pytest.mark.parametrize(
+    "files",
+    [
+        "test_loss.py",
+        "test_edge_cases.py",
+        "test_triton_interpreter.py test_inplace.py test_reductions.py",
+    ],
+)
+def test_in_a_process_of_its_own(files: str) -> None:
+    paths = [str(Path(__file__).with_name(name)) for name in files.split()]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", *paths]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "MIXCE_CPU_TENSORS": "1", "OMP_NUM_THREADS": "1"}
     environment.pop("PYTEST_XDIST_WORKER", None)
     run = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -63,7 +63,7 @@ def row_config(
     if with_grad and not one_block:
         num_warps = _GRAD_WARPS
     lanes = num_warps * warp_size
-    # With statistics ptxas would sooner spill some registers than run fewer programs at once, unless it is told a number.
+    # With statistics ptxas would sooner spill a few registers than run fewer programs at once, unless told a number.
     max_registers = min(255, _REGISTERS // lanes) if with_stats and warp_size == 32 else None
     return RowConfig(stack, lanes, vector, num_warps, one_block, max_registers)
 

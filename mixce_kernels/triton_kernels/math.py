@@ -38,7 +38,7 @@ def capped(x, cap, tanh_scale):
 
 @triton.jit
 def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, label_smoothing, z_loss, real: tl.constexpr):
-    """A token's loss, its statistics and the numbers from which its gradient is made (Zhang et al. 2023, equation 8).
+    """A token's loss, its statistics and the numbers from which its gradient is made.
 
     m is the largest z, s is log sum exp(z - m), d_target is z_target - m, mean_shifted the mean of z - m. The gradient
     is dloss/dz_j = a * p_j - c, and t at the target. All are float64, for some twenty operations a row: nll is a
