@@ -86,6 +86,11 @@ def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> t
     return grad_logits, *nothing
 
 
+def is_transformed() -> bool:
+    """Whether the call is being compiled or transformed by torch.func: memory is then not ours to write over."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def _of_valid_rows(grad_loss: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
     """The upstream gradient, 1 where ignored: the gradient there is 0, which NaN or infinity must not multiply."""
     return torch.where(targets == ignore_index, 1.0, grad_loss)

@@ -69,7 +69,8 @@ def fused_mixce_loss(
         logit_scale: factor of the logits (1 / temperature), positive.
         inplace_backward: the gradient overwrites the logits' memory in backward instead of allocating as much again.
             Whoever saved the logits for a later backward then gets PyTorch's error. Without a gradient to compute,
-            logits are never touched. Under `torch.compile`, which plans memory itself, this has no effect.
+            logits are never touched. Under `torch.compile`, which plans memory itself, and `torch.func` this has no
+            effect.
         grad_in_forward: the gradient is computed together with the loss: one read and one write of the logits in all.
             An upstream gradient other than 1 multiplies it in backward: for half precision a second rounding. With
             `inplace_backward`, forward itself overwrites the logits.
@@ -115,7 +116,7 @@ def fused_mixce_loss(
         logits = logits.contiguous()
     eta_tensor, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
-    inplace = inplace_backward and wants_grad and not torch.compiler.is_compiling()
+    inplace = inplace_backward and wants_grad and not autograd.is_transformed()
     if inplace and overlaps_itself(logits):
         raise ValueError("expected logits whose rows do not share memory for inplace_backward, got expanded logits")
 

@@ -185,3 +185,18 @@ def test_checkpoint(kernels: str, mode: str) -> None:
     expected = torch.autograd.grad(head(hidden), tuple(layer.parameters()))
     loss = torch.utils.checkpoint.checkpoint(head, hidden.requires_grad_(), use_reentrant=False)
     torch.testing.assert_close(torch.autograd.grad(loss, tuple(layer.parameters())), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_func_grad(kernels: str, mode: str) -> None:
+    """torch.func.grad sees the same gradient in every mode, and its argument is not written over."""
+    logits, targets, _ = inputs()
+    logits = logits.detach()
+    before = logits.clone()
+
+    def loss(logits: Tensor) -> Tensor:
+        return fused_mixce_loss(logits, targets, 0.3, backend=kernels, **MODES[mode])
+
+    expected = torch.func.grad(lambda logits: mixce_loss_reference(logits, targets, 0.3))(logits)
+    torch.testing.assert_close(torch.func.grad(loss)(logits), expected)
+    assert torch.equal(logits, before)
