@@ -163,7 +163,7 @@ def test_without_a_compiler_the_package_installs_and_says_so(
     assert not list(target.rglob("*.so"))
 
     use(target, "reference")
-    refusal = "RuntimeError: backend 'cpu' cannot serve this call: the native extension is not installed"
+    refusal = "RuntimeError: backend 'cpu' cannot serve this call: the native extension is missing"
     assert refusal in use(target, "cpu", returncode=1)
 
 
