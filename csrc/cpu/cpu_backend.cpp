@@ -3,6 +3,7 @@
 #include <omp.h>
 
 #include <algorithm>
+#include <atomic>
 #include <stdexcept>
 
 #include "row_kernel_table.h"
@@ -53,6 +54,8 @@ void parallel_rows(const RowParams& params, Work work) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
   for (int64_t begin = 0; begin < params.rows; begin += run) {
     work(begin, std::min(begin + run, params.rows));
+    // Streaming stores are not ordered with others: the thread that goes on must see them.
+    if (params.stream) std::atomic_thread_fence(std::memory_order_seq_cst);
   }
 }
 
