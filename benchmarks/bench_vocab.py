@@ -1,6 +1,6 @@
 """Speed and memory of the MixCE loss over the vocabularies of real models, beside what one would use instead.
 
-    python benchmarks/bench_vocab.py            about two minutes
+    python benchmarks/bench_vocab.py            under three minutes on two cores
     python benchmarks/bench_vocab.py --full     every vocabulary in both types
     python benchmarks/bench_vocab.py --help     fewer or other cells
 

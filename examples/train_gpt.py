@@ -1,7 +1,7 @@
 """Trains a small GPT on real text with the MixCE loss and a byte-level BPE vocabulary made from that text.
 
     pip install "mixce_kernels[examples]"
-    python examples/train_gpt.py --eta 0.5                    # a few minutes on two CPU cores
+    python examples/train_gpt.py --eta 0.5
     python examples/train_gpt.py --loss cross_entropy         # the baseline: the same as --eta 1
     python examples/train_gpt.py --text book.txt --device cuda --dtype bfloat16
 
