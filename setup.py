@@ -1,8 +1,13 @@
-"""Builds `mixce_kernels._C` with ninja: no torch header, no torch library. Metadata is in pyproject.toml."""
+"""Builds `mixce_kernels._C` with ninja: no torch header, no torch library. Metadata is in pyproject.toml.
+
+Environment: CXX, the C++ compiler; MIXCE_BUILD_CUDA, 1 or 0: with the CUDA kernels or without, by default with them where
+nvcc is found; MIXCE_CUDA_ARCHS, their architectures; MIXCE_CUDART, static or shared.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,35 +26,52 @@ SOURCES = [
     "csrc/cpu/row_kernels_avx2.cpp",
     "csrc/cpu/row_kernels_avx512.cpp",
 ]
+CUDA_SOURCES = ["csrc/cuda/cuda_backend.cu"]
+CUDA_ARCHS = "80;90;100;120+PTX"
 # No -ffast-math: it would drop the infinities and NaNs that logits carry. No contraction of products and sums but where
 # the source asks for it: the same logit would become another number in another place.
 COMPILE = ["-std=c++17", "-O2", "-g0", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-fopenmp"]
 # libgomp is linked by name alone: the process already has torch's.
 LINK = ["-shared", "-fopenmp", "-s"]
+NVCC = ["-std=c++17", "-O3", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden,-g0", f"-I{ROOT / 'csrc' / 'cuda'}"]
+# The CUDA runtime stays inside: another extension's copy of it, or torch's, must not be taken for it.
+NVCC_LINK = ["-shared", "-Xcompiler=-fopenmp", "-Xlinker=-s", "-Xlinker=--exclude-libs=ALL"]
 
 
 class NinjaBuild(build_ext):
-    """Compiles with ninja; where that fails, the package is installed without the extension, and says so."""
+    """Compiles with ninja; what cannot be compiled is left out of the package, and named."""
 
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        nvcc = find_nvcc()
+        if nvcc is not None:
+            try:
+                self.compile(output, nvcc)
+                return
+            except (OSError, subprocess.CalledProcessError) as error:
+                if os.environ.get("MIXCE_BUILD_CUDA") == "1":
+                    raise SystemExit(f"mixce_kernels was asked for CUDA kernels, and cannot compile them ({error})") from None
+                self.warn(
+                    f"mixce_kernels is installed without its CUDA kernels, because they could not be compiled ({error}). "
+                    "The backend 'cuda' does not work, the others do; MIXCE_BUILD_CUDA=0 leaves them out on purpose."
+                )
         try:
-            self.compile(output)
+            self.compile(output, None)
         except (OSError, subprocess.CalledProcessError) as error:
             # An extension of an earlier build would no longer match the Python code around it.
             output.unlink(missing_ok=True)
             self.warn(
                 f"mixce_kernels is installed without its native extension, because it could not be compiled ({error}). "
-                "The backends 'reference' and 'triton' work, the backend 'cpu' does not; to get it, "
+                "The backends 'reference' and 'triton' work, the backends 'cpu' and 'cuda' do not; to get them, "
                 "install g++ or set CXX to a C++17 compiler with OpenMP, and install mixce_kernels again."
             )
 
-    def compile(self, output: Path) -> None:
-        """Writes build.ninja and runs it.
+    def compile(self, output: Path, nvcc: str | None) -> None:
+        """Writes build.ninja and runs it, with CUDA where `nvcc` is given.
 
         Raises:
             OSError: there is no compiler.
-            CalledProcessError: the compiler failed; its messages are on stderr.
+            CalledProcessError: a compiler failed; its messages are on stderr.
         """
         import ninja
         import pybind11
@@ -61,18 +83,67 @@ class NinjaBuild(build_ext):
         for folder in (build, output.parent):
             folder.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
-        objects = [build / Path(source).with_suffix(".o").name for source in SOURCES]
+        defines = ["-DMIXCE_CUDA"] if nvcc else []
         lines = [
             "rule compile",
-            f"  command = {compiler} {shlex.join([*COMPILE, *includes])} -MMD -MF $out.d -c $in -o $out",
+            f"  command = {compiler} {shlex.join([*COMPILE, *defines, *includes])} -MMD -MF $out.d -c $in -o $out",
             "  depfile = $out.d",
             "rule link",
             f"  command = {compiler} $in {shlex.join(LINK)} -o $out",
-            *(f"build {escape(obj)}: compile {escape(ROOT / src)}" for obj, src in zip(objects, SOURCES, strict=True)),
-            f"build {escape(output)}: link {' '.join(map(escape, objects))}",
         ]
+        if nvcc:
+            command = f"{shlex.quote(nvcc)} -ccbin {shlex.quote(compiler)}"
+            lines += [
+                "rule cuda",
+                f"  command = {command} {shlex.join([*NVCC, *gencodes()])} -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "rule link_cuda",
+                f"  command = {command} $in {shlex.join([*NVCC_LINK, '-cudart', cudart()])} -o $out",
+            ]
+        objects = []
+        for source in SOURCES + (CUDA_SOURCES if nvcc else []):
+            objects.append(escape(build / f"{Path(source).name}.o"))
+            rule = "cuda" if source in CUDA_SOURCES else "compile"
+            lines.append(f"build {objects[-1]}: {rule} {escape(ROOT / source)}")
+        lines.append(f"build {escape(output)}: {'link_cuda' if nvcc else 'link'} {' '.join(objects)}")
         (build / "build.ninja").write_text("\n".join(lines) + "\n")
         subprocess.run([str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build)], check=True, stdout=sys.stderr)
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler to use, None for a build without CUDA; raises SystemExit where it is asked for and missing."""
+    wanted = os.environ.get("MIXCE_BUILD_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"expected MIXCE_BUILD_CUDA to be 0 or 1, got {wanted!r}")
+    if wanted == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    if nvcc is None and wanted == "1":
+        place = f"{home}/bin" if home else "the PATH"
+        raise SystemExit(f"expected nvcc in {place} for MIXCE_BUILD_CUDA=1, got none; CUDA_HOME names another toolkit")
+    return nvcc
+
+
+def gencodes() -> list[str]:
+    """nvcc's flags for MIXCE_CUDA_ARCHS: machine code for each architecture, and PTX too for one with +PTX."""
+    flags = []
+    for arch in os.environ.get("MIXCE_CUDA_ARCHS", CUDA_ARCHS).split(";"):
+        parts = re.fullmatch(r"(\d+[af]?)(\+PTX)?", arch)
+        if parts is None:
+            raise SystemExit(f"expected MIXCE_CUDA_ARCHS as in {CUDA_ARCHS!r}, got {arch!r} in it")
+        number, ptx = parts.groups()
+        codes = [f"sm_{number}"] + ([f"compute_{number}"] if ptx else [])
+        flags.append(f"-gencode=arch=compute_{number},code=[{','.join(codes)}]")
+    return flags
+
+
+def cudart() -> str:
+    """How the CUDA runtime is linked."""
+    kind = os.environ.get("MIXCE_CUDART", "static")
+    if kind not in ("static", "shared"):
+        raise SystemExit(f"expected MIXCE_CUDART to be static or shared, got {kind!r}")
+    return kind
 
 
 def escape(path: Path) -> str:
@@ -81,6 +152,6 @@ def escape(path: Path) -> str:
 
 
 setup(
-    ext_modules=[Extension("mixce_kernels._C", sources=SOURCES, optional=True)],
+    ext_modules=[Extension("mixce_kernels._C", sources=[*SOURCES, *CUDA_SOURCES], optional=True)],
     cmdclass={"build_ext": NinjaBuild},
 )

@@ -37,19 +37,18 @@ MIXCE_INLINE OnlineLogSumExp<Real> empty_log_sum_exp() {
   return {-static_cast<Real>(INFINITY), 0, 0, 0, 0};
 }
 
-// Raises the maximum; sums relative to the new one may then be added.
-template <typename Real>
-MIXCE_INLINE void raise_maximum(OnlineLogSumExp<Real>& part, Real maximum) {
+// Raises the maximum; sums relative to the new one may then be added. `exponential` is that of z, for a
+// difference of maxima.
+template <typename Real, typename Exponential>
+MIXCE_INLINE void raise_maximum(OnlineLogSumExp<Real>& part, Real maximum, const Exponential& exponential) {
   if (!(maximum > part.m)) return;
-  if (part.count > 0) {
-    const Real shift = part.m - maximum;  // -inf for a part without a finite logit
-    const Real factor = exp(shift);
-    // 0 * sum_exp keeps a NaN; a sum of 0 exponentials stays 0, where shift * 0 would be NaN.
-    part.sum_exp_shifted =
-        factor == 0 ? 0 * part.sum_exp : factor * (part.sum_exp_shifted + shift * part.sum_exp);
-    part.sum_exp *= factor;
-    part.sum_shifted += part.count * shift;
-  }
+  const Real shift = part.m - maximum;  // -inf for a part without a finite logit
+  const Real factor = exponential(shift);
+  // 0 * sum_exp keeps a NaN; a sum of 0 exponentials stays 0, where shift * 0 would be NaN.
+  part.sum_exp_shifted =
+      factor == 0 ? 0 * part.sum_exp : factor * (part.sum_exp_shifted + shift * part.sum_exp);
+  part.sum_exp *= factor;
+  if (part.count > 0) part.sum_shifted += part.count * shift;
   part.m = maximum;
 }
 
@@ -61,8 +60,8 @@ struct TokenTerms {
 };
 
 // The mixture of Zhang et al. 2023 (arXiv 2305.16958), with label smoothing and z-loss. `s` is log sum exp(z
-// - m), `d_target` is z_target - m, `mean_shifted` the mean of z - m.
-template <typename Real>
+// - m), `d_target` is z_target - m, `mean_shifted` the mean of z - m. Exponentials are of type Elementary.
+template <typename Real, typename Elementary = Real>
 MIXCE_INLINE TokenTerms<Real> token_terms(Real m, Real s, Real d_target, Real mean_shifted, Real eta,
                                           int64_t vocab_size, const LossOptions<Real>& options) {
   const Real smoothing = options.label_smoothing;
@@ -71,7 +70,7 @@ MIXCE_INLINE TokenTerms<Real> token_terms(Real m, Real s, Real d_target, Real me
   Real ce = nll;
   // As nll + smoothing * (z_target - mean z), but without inf - inf where both are -inf.
   if (smoothing > 0) ce = smoothing * (s - mean_shifted) + (smoothing < 1 ? (1 - smoothing) * nll : 0);
-  const Real q = exp(-nll);
+  const Real q = exp(static_cast<Elementary>(-nll));
   const Real weight = eta + (1 - eta) * q;
   const Real z_slope = 2 * options.z_loss * lse;
   TokenTerms<Real> terms;
@@ -84,8 +83,23 @@ MIXCE_INLINE TokenTerms<Real> token_terms(Real m, Real s, Real d_target, Real me
   terms.a = options.z_loss > 0 ? weight + z_slope : weight;
   terms.c = weight * smoothing / vocab_size;
   // expm1: q - 1 has no digits left for q near 1, the tokens that the mixture weighs most.
-  terms.t = weight * (expm1(-nll) + smoothing) - terms.c + (options.z_loss > 0 ? z_slope * q : 0);
+  terms.t = weight * (expm1(static_cast<Elementary>(-nll)) + smoothing) - terms.c +
+            (options.z_loss > 0 ? z_slope * q : 0);
   return terms;
+}
+
+// What a row's gradient is made from: grad_j = slope_j * (exp(z_j - m) * k - c), and slope_y * t at the
+// target, with slope the derivative of the softcap, 1 without one.
+template <typename Real>
+struct GradTerms {
+  Real m, k, c, t;
+};
+
+template <typename Elementary>
+MIXCE_INLINE GradTerms<double> grad_terms(double m, double s, double a, double c, double t, double grad_loss,
+                                          double logit_scale) {
+  const double factor = grad_loss * logit_scale;
+  return {m, a * factor * exp(static_cast<Elementary>(-s)), c * factor, t * factor};
 }
 
 }  // namespace mixce

@@ -3,6 +3,9 @@
 #include <pybind11/stl.h>
 
 #include "cpu/cpu_backend.h"
+#ifdef MIXCE_CUDA
+#include "cuda/cuda_backend.h"
+#endif
 #include "params.h"
 
 namespace py = pybind11;
@@ -47,6 +50,27 @@ ForwardParams forward_params(uintptr_t eta, int64_t eta_stride, double eta_value
           pointer<void>(loss),      pointer<void>(stats), pointer<bool>(correct)};
 }
 
+#ifdef MIXCE_CUDA
+void define_cuda(py::module_& m) {
+  py::class_<CudaLaunch>(m, "CudaLaunch")
+      .def(py::init([](int device, uintptr_t stream, int parts, int shared_bytes, bool from_shared,
+                       uintptr_t partials) {
+        return CudaLaunch{device, stream, parts, shared_bytes, from_shared, partials};
+      }));
+  m.def("cuda_device_count", &cuda_device_count);
+  m.def("cuda_device", [](int index) {
+    const CudaDevice device = cuda_device(index);
+    return py::make_tuple(device.arch, device.multiprocessors, device.shared_per_block,
+                          device.shared_per_multiprocessor);
+  });
+  m.def("cuda_state_bytes", [](int dtype) { return cuda_state_bytes(static_cast<DType>(dtype)); });
+  m.def("cuda_partial_bytes", [](int dtype) { return cuda_partial_bytes(static_cast<DType>(dtype)); });
+  m.def("cuda_forward", &cuda_forward, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_logits_grad", &cuda_logits_grad, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_scale_rows", &cuda_scale_rows, py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -61,4 +85,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_forward", &cpu_forward, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_logits_grad", &cpu_logits_grad, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_scale_rows", &cpu_scale_rows, py::call_guard<py::gil_scoped_release>());
+#ifdef MIXCE_CUDA
+  define_cuda(m);
+#endif
 }

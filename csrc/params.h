@@ -7,6 +7,14 @@ namespace mixce {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
+// Storage types of half precision: bits alone.
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
 // Row i begins at data + (i / inner) * outer_stride + (i % inner) * inner_stride, in elements.
 struct RowLayout {
   int64_t inner, outer_stride, inner_stride;

@@ -39,22 +39,16 @@ MIXCE_INLINE void put_pair(T* out, typename V::Reg a, typename V::Reg b) {
   }
 }
 
-// What a row's gradient is made from: grad_j = slope_j * (exp(z_j - m) * k - c), and slope_y * t at the
-// target.
-template <typename Real>
-struct GradTerms {
-  Real m, k, c, t;
-};
-
 // The NaN with only zeros in its lower bits, as bfloat16 rounding needs it: arithmetic may keep a payload.
 MIXCE_INLINE double canonical(double value) { return value == value ? value : NAN; }
 
 template <typename Real>
-MIXCE_INLINE GradTerms<Real> grad_terms(const Real* state, int64_t rows, Real grad_loss, double logit_scale) {
-  const double factor = static_cast<double>(grad_loss) * logit_scale;
-  const double m = state[0], s = state[rows], a = state[2 * rows], c = state[3 * rows], t = state[4 * rows];
-  return {static_cast<Real>(m), static_cast<Real>(canonical(a * factor * exp(-s))),
-          static_cast<Real>(canonical(c * factor)), static_cast<Real>(canonical(t * factor))};
+MIXCE_INLINE GradTerms<Real> grad_terms_of(const Real* state, int64_t rows, Real grad_loss,
+                                           double logit_scale) {
+  const auto terms = grad_terms<double>(state[0], state[rows], state[2 * rows], state[3 * rows],
+                                        state[4 * rows], grad_loss, logit_scale);
+  return {static_cast<Real>(terms.m), static_cast<Real>(canonical(terms.k)),
+          static_cast<Real>(canonical(terms.c)), static_cast<Real>(canonical(terms.t))};
 }
 
 // Pass 2 over one block from its logits; `x` and `grad` may be the same memory.

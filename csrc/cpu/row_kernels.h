@@ -89,7 +89,7 @@ void forward_rows(const RowParams& p, const ForwardParams& f, void* scratch, int
     // Pass 2.
     if (grad != nullptr) {
       const Real grad_loss = static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride];
-      const auto terms = grad_terms<Real>(state + row, p.rows, grad_loss, p.logit_scale);
+      const auto terms = grad_terms_of<Real>(state + row, p.rows, grad_loss, p.logit_scale);
       row_grad<V, T, kCap, kKeep>(x, kept, grad, p.vocab_size, target, terms, transform, exponential,
                                   p.stream);
     }
@@ -111,7 +111,7 @@ void grad_rows(const RowParams& p, int64_t begin, int64_t end) {
     }
     const Real grad_loss = static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride];
     const auto grad =
-        grad_terms<Real>(static_cast<const Real*>(p.state) + row, p.rows, grad_loss, p.logit_scale);
+        grad_terms_of<Real>(static_cast<const Real*>(p.state) + row, p.rows, grad_loss, p.logit_scale);
     row_grad<V, T, kCap, false>(logits_row<T>(p, row), nullptr, grad_row<T>(p, row), p.vocab_size, target,
                                 grad, transform, exponential, p.stream);
   }

@@ -180,7 +180,8 @@ MIXCE_INLINE RowStats<typename V::Real> row_stats(const T* x, int64_t vocab_size
     if (maximum > stats.raw_maximum || begin == 0) {
       stats.raw_maximum = maximum;
       stats.m = capped_scalar<V, T, kCap>(maximum, transform);
-      raise_maximum(stats.sums, static_cast<double>(transform.diff_scale) * stats.m);
+      raise_maximum(stats.sums, static_cast<double>(transform.diff_scale) * stats.m,
+                    [](double d) { return exp(d); });
     }
     if constexpr (kKeep) kept[vocab_size + begin / kBlock] = stats.m;
     // Before the first finite logit any finite reference will do.

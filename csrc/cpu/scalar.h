@@ -1,22 +1,14 @@
-// Storage types of half precision and their conversion, one at a time. Internal linkage throughout: see
-// mixce_math.h.
+// The conversion of half precision, one at a time. Internal linkage throughout: see mixce_math.h.
 #pragma once
 
 #include <stdint.h>
 #include <string.h>
 
 #include "../mixce_math.h"
+#include "../params.h"
 
 namespace mixce {
 namespace {
-
-// Storage types of half precision: bits alone.
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
 
 MIXCE_INLINE uint32_t bits_of(float value) {
   uint32_t bits;

@@ -7,10 +7,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mixce_kernels.backends import cpu, triton
+from mixce_kernels.backends import cpu, cuda, triton
 from mixce_kernels.options import TokenOptions
 
-NAMES = ("reference", "cpu", "triton")
+NAMES = ("reference", "cpu", "triton", "cuda")
 
 
 class Backend(Protocol):
@@ -52,8 +52,8 @@ class Backend(Protocol):
         """Multiplies row i of grad_logits [..., V] by grad_loss[i] in place; rows whose factor is 1 are not read."""
 
 
-_TABLE: dict[str, Backend] = {"cpu": cpu, "triton": triton}
-_PREFERRED = {"cuda": ("triton",), "cpu": ("cpu",)}
+_TABLE: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda}
+_PREFERRED = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 
 def get(name: str) -> Backend:

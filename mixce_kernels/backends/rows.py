@@ -58,3 +58,15 @@ def flat(tensor: Tensor) -> tuple[Tensor, int]:
     """A per-token tensor [...] as N entries and the stride between them, 0 if broadcast: copies N numbers at most."""
     tensor = tensor.reshape(-1)
     return tensor, tensor.stride(0) if tensor.numel() > 1 else 1
+
+
+def aligned_alike(a: Tensor, rows_a: Rows, b: Tensor, rows_b: Rows, boundary: int) -> bool:
+    """Whether row i of `a` [..., V] lies as row i of `b` does to the boundary, in bytes, for every i."""
+    if a is b:
+        return True
+    if (a.data_ptr() - b.data_ptr()) % boundary != 0:
+        return False
+    step = boundary // a.element_size()
+    if rows_a.inner == rows_b.inner:
+        return all((stride_a - stride_b) % step == 0 for stride_a, stride_b in zip(rows_a[2:], rows_b[2:], strict=True))
+    return all(stride % step == 0 for stride in (*rows_a[2:], *rows_b[2:]))

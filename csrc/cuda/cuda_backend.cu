@@ -1,0 +1,118 @@
+#include "cuda_backend.h"
+
+#include "launch.h"
+#include "row_kernels.cuh"
+
+namespace mixce {
+namespace {
+
+template <typename T>
+struct TypeTag {
+  using Type = T;
+};
+
+// Calls body with the tag of the logits' type.
+template <typename Body>
+auto with_type(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return body(TypeTag<BFloat16>());
+    case DType::kFloat16:
+      return body(TypeTag<Half>());
+    case DType::kFloat64:
+      return body(TypeTag<double>());
+    default:
+      return body(TypeTag<float>());
+  }
+}
+
+// Calls body with std::true_type or std::false_type.
+template <typename Body>
+void with_bool(bool value, Body body) {
+  value ? body(std::true_type()) : body(std::false_type());
+}
+
+LaunchConfig config_of(const RowParams& params, const CudaLaunch& launch, int cluster, int shared_bytes) {
+  check_cuda(cudaSetDevice(launch.device), "selecting the device");
+  return {params.rows * launch.parts, kThreads, cluster, shared_bytes,
+          reinterpret_cast<cudaStream_t>(launch.stream)};
+}
+
+template <typename T, bool kCap, bool kMoments>
+void forward(const RowParams& params, const ForwardParams& forward, const CudaLaunch& launch) {
+  const Launch in_kernel{launch.parts, reinterpret_cast<void*>(launch.partials)};
+  const bool alone = params.grad_logits == nullptr;
+  const LaunchConfig config = config_of(params, launch, alone ? 1 : launch.parts, launch.shared_bytes);
+  if (alone) {
+    mixce::launch(forward_kernel<T, kCap, kMoments, Pass2::kNone>, config, params, forward, in_kernel);
+    if (launch.parts > 1) {
+      mixce::launch(merge_kernel<T, kCap, kMoments>, {params.rows, kWarpSize, 1, 0, config.stream}, params,
+                    forward, in_kernel);
+    }
+  } else if (launch.from_shared) {
+    mixce::launch(forward_kernel<T, kCap, kMoments, Pass2::kFromShared>, config, params, forward, in_kernel);
+  } else {
+    mixce::launch(forward_kernel<T, kCap, kMoments, Pass2::kFromGlobal>, config, params, forward, in_kernel);
+  }
+}
+
+}  // namespace
+
+int cuda_device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
+}
+
+CudaDevice cuda_device(int device) {
+  auto attribute = [&](cudaDeviceAttr which) {
+    int value = 0;
+    check_cuda(cudaDeviceGetAttribute(&value, which, device), "asking for a property of the device");
+    return value;
+  };
+  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+          attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
+}
+
+int cuda_state_bytes(DType dtype) {
+  return with_type(dtype, [](auto tag) {
+    return static_cast<int>(sizeof(SharedState<typename Format<typename decltype(tag)::Type>::Real>));
+  });
+}
+
+int cuda_partial_bytes(DType dtype) {
+  return with_type(dtype, [](auto tag) {
+    return static_cast<int>(sizeof(Partial<typename Format<typename decltype(tag)::Type>::Real>));
+  });
+}
+
+void cuda_forward(const RowParams& params, const ForwardParams& forward_params, const CudaLaunch& launch) {
+  with_type(params.dtype, [&](auto tag) {
+    with_bool(params.softcap > 0, [&](auto cap) {
+      with_bool(params.label_smoothing > 0 || forward_params.stats != nullptr, [&](auto moments) {
+        forward<typename decltype(tag)::Type, cap.value, moments.value>(params, forward_params, launch);
+      });
+    });
+  });
+}
+
+void cuda_logits_grad(const RowParams& params, const CudaLaunch& launch) {
+  const LaunchConfig config = config_of(params, launch, 1, launch.shared_bytes);
+  with_type(params.dtype, [&](auto tag) {
+    with_bool(params.softcap > 0, [&](auto cap) {
+      mixce::launch(logits_grad_kernel<typename decltype(tag)::Type, cap.value>, config, params,
+                    Launch{launch.parts, nullptr});
+    });
+  });
+}
+
+void cuda_scale_rows(const RowParams& params, const CudaLaunch& launch) {
+  const LaunchConfig config = config_of(params, launch, 1, launch.shared_bytes);
+  with_type(params.dtype, [&](auto tag) {
+    mixce::launch(scale_rows_kernel<typename decltype(tag)::Type>, config, params, Launch{launch.parts, nullptr});
+  });
+}
+
+}  // namespace mixce

@@ -1,0 +1,35 @@
+// The CUDA backend: launches the row kernels on a device and a stream. All functions throw std::runtime_error
+// with CUDA's own words where a launch fails, and synchronise with nothing.
+#pragma once
+
+#include "../params.h"
+
+namespace mixce {
+
+// What the Python side decides for a launch: see mixce_kernels/backends/cuda_launch.py.
+struct CudaLaunch {
+  int device;
+  uintptr_t stream;
+  int parts;           // blocks of a row
+  int shared_bytes;    // of a block
+  bool from_shared;    // pass 2 of a forward finds the row in shared memory
+  uintptr_t partials;  // [N, parts] of partial_bytes(dtype), where the rows of a forward alone are split
+};
+
+struct CudaDevice {
+  int arch;  // 90 for compute capability 9.0
+  int multiprocessors;
+  int shared_per_block, shared_per_multiprocessor;  // bytes
+};
+
+int cuda_device_count();
+CudaDevice cuda_device(int device);
+// Bytes of shared memory that a block needs beside the row it holds, and of a partial of a row.
+int cuda_state_bytes(DType dtype);
+int cuda_partial_bytes(DType dtype);
+
+void cuda_forward(const RowParams& params, const ForwardParams& forward, const CudaLaunch& launch);
+void cuda_logits_grad(const RowParams& params, const CudaLaunch& launch);
+void cuda_scale_rows(const RowParams& params, const CudaLaunch& launch);
+
+}  // namespace mixce

@@ -1,0 +1,291 @@
+// The kernels. A block of kThreads takes a row or one of `parts` shares of it; its terms are made by one thread.
+#pragma once
+
+#include "row_grad.cuh"
+
+namespace mixce {
+
+// Whether the forward writes the gradient too, and where it finds the logits again for it.
+enum class Pass2 { kNone, kFromGlobal, kFromShared };
+
+// How a kernel is launched: see mixce_kernels/backends/cuda_launch.py.
+struct Launch {
+  int parts;       // blocks of a row
+  void* partials;  // [N, parts] Partials of a forward whose rows are split without a cluster, else null
+};
+
+// What a block keeps in shared memory before the vectors it holds.
+template <typename Real>
+struct alignas(16) SharedState {
+  Partial<Real> warps[kWarps];
+  Partial<Real> block;
+  GradTerms<Real> terms;
+};
+
+__device__ __forceinline__ int64_t row_offset(const RowLayout& layout, uint32_t row) {
+  const uint32_t inner = static_cast<uint32_t>(layout.inner);
+  return (row / inner) * layout.outer_stride + (row % inner) * layout.inner_stride;
+}
+
+// A value that one lane loads for its warp.
+template <typename Load>
+__device__ __forceinline__ auto loaded_once(Load load) {
+  decltype(load()) value{};
+  if (threadIdx.x % kWarpSize == 0) value = load();
+  return __shfl_sync(kAllLanes, value, 0);
+}
+
+// A row's target: ignored, or a column of the row, or none because it is out of range.
+struct Target {
+  bool ignored, known;
+  int column;  // -1 where not known
+};
+__device__ __forceinline__ Target target_of(const RowParams& p, uint32_t row) {
+  const int64_t target = loaded_once([&] {
+    return p.targets_int64 ? static_cast<const int64_t*>(p.targets)[row]
+                           : static_cast<int64_t>(static_cast<const int32_t*>(p.targets)[row]);
+  });
+  const bool known = target >= 0 && target < p.vocab_size;
+  return {target == p.ignore_index, known, known ? static_cast<int>(target) : -1};
+}
+
+// The gradient of an ignored row.
+template <typename T>
+__device__ __forceinline__ void write_zeros(const RowParams& p, uint32_t row, int part, int parts) {
+  T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
+  const auto body = body_of<T>(grad, static_cast<int>(p.vocab_size));
+  const Share share = share_of(body.count, part, parts);
+  uint4* const vectors = reinterpret_cast<uint4*>(grad + body.begin);
+  for (int i = share.first + threadIdx.x; i < share.last; i += kThreads) {
+    ptx::store_streaming(vectors + i, make_uint4(0, 0, 0, 0));
+  }
+  if (share.edges && threadIdx.x < body.edges) grad[body.edge(threadIdx.x)] = T{};
+}
+
+// A row's terms for pass 2 in the type of its arithmetic; the slope of the softcap at the target goes into t.
+template <bool kCap, typename Real>
+__device__ __forceinline__ GradTerms<Real> pass_2_terms(const RowParams& p, uint32_t row, const Real (&state)[5],
+                                                        Real x_target) {
+  const Real grad_loss = static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride];
+  const auto terms =
+      grad_terms<Real>(state[0], state[1], state[2], state[3], state[4], grad_loss, p.logit_scale);
+  Real t = static_cast<Real>(terms.t);
+  if constexpr (kCap) t *= capped(x_target, Softcap<Real>(p)).slope;
+  return {state[0], static_cast<Real>(terms.k), static_cast<Real>(terms.c), t};
+}
+
+// The epilogue of a row: its loss, statistics and state from pass 1, by one thread. Returns m, s, a, c, t.
+template <bool kCap, bool kMoments, typename Real>
+__device__ __forceinline__ void finish_row(const RowParams& p, const ForwardParams& f, uint32_t row,
+                                           const Partial<Real>& part, Real x_target, bool known, bool write,
+                                           Real (&state)[5]) {
+  Real z_target = x_target;
+  if constexpr (kCap) z_target = capped(x_target, Softcap<Real>(p)).value;
+  const double scale = scale_of_differences(p);
+  const double m = part.sums.m;
+  // A target out of range makes NaN of all that follows.
+  const double s = known ? static_cast<double>(log(part.sums.sum_exp)) : NAN;
+  const double mean_shifted = kMoments ? scale * part.sums.sum_shifted / p.vocab_size : 0;
+  const double eta = f.eta == nullptr ? f.eta_value : static_cast<const Real*>(f.eta)[row * f.eta_stride];
+  const auto terms = token_terms<double, Real>(scale * m, s, scale * (z_target - m), mean_shifted, eta,
+                                               p.vocab_size, {p.label_smoothing, p.z_loss});
+  state[0] = part.sums.m, state[1] = static_cast<Real>(s), state[2] = static_cast<Real>(terms.a);
+  state[3] = static_cast<Real>(terms.c), state[4] = static_cast<Real>(terms.t);
+  if (!write) return;
+  static_cast<Real*>(f.loss)[row] = static_cast<Real>(terms.loss);
+#pragma unroll
+  for (int i = 0; i < 5; ++i) static_cast<Real*>(p.state)[i * p.rows + row] = state[i];
+  if (kMoments && f.stats != nullptr) {
+    const double entropy = s - scale * part.sums.sum_exp_shifted / part.sums.sum_exp;
+    const double stats[5] = {terms.nll, terms.q, terms.weight, terms.lse, entropy};
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      static_cast<Real*>(f.stats)[i * p.rows + row] = static_cast<Real>(stats[i]);
+    }
+    f.correct[row] = !part.beaten && terms.nll == terms.nll;
+  }
+}
+
+// Results of an ignored row, all 0.
+template <typename Real>
+__device__ __forceinline__ void finish_ignored_row(const RowParams& p, const ForwardParams& f, uint32_t row) {
+  static_cast<Real*>(f.loss)[row] = 0;
+#pragma unroll
+  for (int i = 0; i < 5; ++i) static_cast<Real*>(p.state)[i * p.rows + row] = 0;
+  if (f.stats == nullptr) return;
+#pragma unroll
+  for (int i = 0; i < 5; ++i) static_cast<Real*>(f.stats)[i * p.rows + row] = 0;
+  f.correct[row] = false;
+}
+
+// Pass 1, epilogue and, with kPass2, pass 2. Reads each logit once, from shared memory or L2 a second time;
+// writes 6 numbers a row and the gradient. The blocks of a split row meet in distributed shared memory where they
+// are a cluster (with kPass2), else they leave their partials to merge_kernel.
+template <typename T, bool kCap, bool kMoments, Pass2 kPass2>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(const RowParams row_params, const ForwardParams forward_params, const Launch launch) {
+  using Real = typename Format<T>::Real;
+  const RowParams p = ptx::read_at_entry(row_params);
+  const ForwardParams f = ptx::read_at_entry(forward_params);
+  const uint32_t row = blockIdx.x / launch.parts;
+  const int part = blockIdx.x % launch.parts;
+  const Target target = target_of(p, row);
+  if (target.ignored) {
+    if (part == 0 && threadIdx.x == 0) finish_ignored_row<Real>(p, f, row);
+    if constexpr (kPass2 != Pass2::kNone) write_zeros<T>(p, row, part, launch.parts);
+    return;
+  }
+
+  const int vocab_size = static_cast<int>(p.vocab_size);
+  const T* const logits = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
+  // Read before any block may write over it.
+  const Real x_target =
+      loaded_once([&] { return target.known ? Format<T>::to_real(logits[target.column]) : Real{0}; });
+  auto& shared = *reinterpret_cast<SharedState<Real>*>(ptx::shared_memory());
+  uint4* const held = reinterpret_cast<uint4*>(&shared + 1);
+
+  // Pass 1.
+  const auto body = body_of<T>(logits, vocab_size);
+  const Share share = share_of(body.count, part, launch.parts);
+  Accumulator<T, kCap, kMoments> accumulator(p, x_target, target.column);
+  auto add = [&](const auto& vectors, int i) {
+    accumulator.add(vectors, body.begin + i * Format<T>::kWidth);
+  };
+  if (share.edges && threadIdx.x < body.edges) {
+    const int column = body.edge(threadIdx.x);
+    accumulator.add(logits[column], column);
+  }
+  if constexpr (kPass2 == Pass2::kFromShared) {
+    walk_and_hold(body.vectors, share, held, add);
+  } else {
+    walk_global(body.vectors, share, add);
+  }
+  merge_warp<kMoments>(accumulator.part, accumulator.exponential);
+  if (threadIdx.x % kWarpSize == 0) shared.warps[threadIdx.x / kWarpSize] = accumulator.part;
+  __syncthreads();
+
+  // Epilogue.
+  const bool cluster = kPass2 != Pass2::kNone && launch.parts > 1;
+  if (threadIdx.x < kWarpSize) {
+    accumulator.part = merge_parts<kMoments>(
+        kWarps, [&](int i) { return shared.warps[i]; }, accumulator.exponential);
+    if (threadIdx.x == 0) shared.block = accumulator.part;
+  }
+  if (cluster) {
+    __syncthreads();
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+    if (threadIdx.x < kWarpSize) {
+      accumulator.part = merge_parts<kMoments>(
+          launch.parts, [&](int i) { return *ptx::in_cluster(&shared.block, i); }, accumulator.exponential);
+    }
+    __syncwarp();
+    ptx::cluster_arrive();  // no more need of the other blocks' shared memory
+  } else if (kPass2 == Pass2::kNone && launch.parts > 1) {
+    if (threadIdx.x == 0) static_cast<Partial<Real>*>(launch.partials)[blockIdx.x] = accumulator.part;
+    return;
+  }
+  if (threadIdx.x == 0) {
+    Real state[5];
+    finish_row<kCap, kMoments>(p, f, row, accumulator.part, x_target, target.known, part == 0, state);
+    if constexpr (kPass2 != Pass2::kNone) shared.terms = pass_2_terms<kCap>(p, row, state, x_target);
+  }
+  if constexpr (kPass2 == Pass2::kNone) return;
+
+  // Pass 2.
+  __syncthreads();
+  const GradTerms<Real> terms = shared.terms;
+  const Gradient<T, kCap> gradient(p, terms);
+  T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
+  if constexpr (kPass2 == Pass2::kFromShared) {
+    write_row(grad, logits, body, share, [&](int i) { return held[i - share.first]; }, gradient, target.column,
+              Format<T>::from_real(terms.t));
+  } else {
+    const auto window = window_of(logits, static_cast<const T*>(grad), vocab_size);
+    write_row(grad, logits, window.body, share_of(window.body.count, part, launch.parts),
+              [&](int i) { return window.load(i); }, gradient, target.column, Format<T>::from_real(terms.t));
+  }
+  if (cluster) ptx::cluster_wait();
+}
+
+// The epilogue of rows that several blocks shared: a warp a row.
+template <typename T, bool kCap, bool kMoments>
+__global__ void __launch_bounds__(kWarpSize)
+    merge_kernel(const RowParams row_params, const ForwardParams forward_params, const Launch launch) {
+  using Real = typename Format<T>::Real;
+  const RowParams p = ptx::read_at_entry(row_params);
+  const ForwardParams f = ptx::read_at_entry(forward_params);
+  const uint32_t row = blockIdx.x;
+  const Target target = target_of(p, row);
+  if (target.ignored) return;
+  const Partial<Real>* const partials =
+      static_cast<const Partial<Real>*>(launch.partials) + static_cast<int64_t>(row) * launch.parts;
+  const auto whole = merge_parts<kMoments>(
+      launch.parts, [&](int i) { return partials[i]; }, Exponential<Real>(scale_of_differences(p)));
+  if (threadIdx.x > 0) return;
+  const T* const logits = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
+  const Real x_target = target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
+  Real state[5];
+  finish_row<kCap, kMoments>(p, f, row, whole, x_target, target.known, true, state);
+}
+
+// Pass 2 alone, from the state of the forward: reads and writes each logit once. Rows are taken in the
+// reverse of the forward's order: its last ones may still be in L2.
+template <typename T, bool kCap>
+__global__ void __launch_bounds__(kThreads) logits_grad_kernel(const RowParams row_params, const Launch launch) {
+  using Real = typename Format<T>::Real;
+  const RowParams p = ptx::read_at_entry(row_params);
+  const uint32_t row = static_cast<uint32_t>(p.rows) - 1 - blockIdx.x / launch.parts;
+  const int part = blockIdx.x % launch.parts;
+  const Target target = target_of(p, row);
+  if (target.ignored) return write_zeros<T>(p, row, part, launch.parts);
+
+  const T* const logits = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
+  T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
+  const auto window = window_of(logits, static_cast<const T*>(grad), static_cast<int>(p.vocab_size));
+  const Share share = share_of(window.body.count, part, launch.parts);
+  auto& shared = *reinterpret_cast<GradTerms<Real>*>(ptx::shared_memory());
+  if (threadIdx.x == 0) {
+    Real state[5];
+#pragma unroll
+    for (int i = 0; i < 5; ++i) state[i] = static_cast<const Real*>(p.state)[i * p.rows + row];
+    // Only with a cap, and read before this block may write over it; what another block has written over is of
+    // no use to this one.
+    const Real x_target = kCap && target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
+    shared = pass_2_terms<kCap>(p, row, state, x_target);
+  }
+  __syncthreads();
+  const GradTerms<Real> terms = shared;
+  write_row(grad, logits, window.body, share, [&](int i) { return window.load(i); }, Gradient<T, kCap>(p, terms),
+            target.column, Format<T>::from_real(terms.t));
+}
+
+// Multiplies a row of the gradient by its factor in place; a factor of 1 leaves the row alone.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) scale_rows_kernel(const RowParams row_params, const Launch launch) {
+  using F = Format<T>;
+  using Real = typename F::Real;
+  const RowParams p = ptx::read_at_entry(row_params);
+  const uint32_t row = blockIdx.x / launch.parts;
+  const Real factor =
+      loaded_once([&] { return static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride]; });
+  if (factor == 1) return;
+  T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
+  const auto body = body_of<T>(grad, static_cast<int>(p.vocab_size));
+  const Share share = share_of(body.count, blockIdx.x % launch.parts, launch.parts);
+  auto scaled = [&](auto value) {
+    if constexpr (sizeof(value) == sizeof(uint4)) {
+      Real x[F::kWidth];
+      F::unpack(value, x);
+#pragma unroll
+      for (int k = 0; k < F::kWidth; ++k) x[k] *= factor;
+      return F::pack(x);
+    } else {
+      return F::from_real(F::to_real(value) * factor);
+    }
+  };
+  write_row(grad, static_cast<const T*>(grad), body, share, [&](int i) { return ptx::load_streaming(body.vectors + i); },
+            scaled, -1, T{});
+}
+
+}  // namespace mixce

@@ -1,0 +1,164 @@
+// Pass 1 over a row, or over a part of it: its statistics, from global memory or on the way to shared memory.
+#pragma once
+
+#include "reduce.cuh"
+
+namespace mixce {
+
+// 256 threads: a multiprocessor holds eight such blocks, so that one's reduction hides behind the others'
+// loads, and a row of 32,000 logits still leaves a thread more of them than its share of the reduction costs.
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarpSize;
+// Vectors of a thread under way at once. Four are 16 KiB a block: two blocks cover the latency of an H100 (25
+// B/ns a multiprocessor for 700 ns). They also share one exponential for the running maximum: 1/32 a bfloat16.
+constexpr int kUnroll = 4;
+// Groups of kUnroll vectors that are copied to shared memory ahead of the one in use.
+constexpr int kGroupsAhead = 3;
+
+// The vectors [first, last) of a row's body that this block takes, and whether it takes the edges too.
+struct Share {
+  int first, last;
+  bool edges;
+};
+__device__ __forceinline__ Share share_of(int count, int part, int parts) {
+  const int each = (count + parts - 1) / parts;
+  const int first = min(part * each, count);
+  return {first, min(first + each, count), part == 0};
+}
+
+// The running statistics of one thread.
+template <typename T, bool kCap, bool kMoments>
+struct Accumulator {
+  using F = Format<T>;
+  using Real = typename F::Real;
+
+  const Exponential<Real> exponential;
+  const Softcap<Real> softcap;
+  const Real x_target;
+  const int target;  // its column
+  Partial<Real> part = empty_partial<Real>();
+
+  __device__ __forceinline__ Accumulator(const RowParams& params, Real x_target, int target)
+      : exponential(scale_of_differences(params)), softcap(params), x_target(x_target), target(target) {}
+
+  // Some vectors, the first of which begins at column `column`, the next ones kThreads vectors apart.
+  template <int kVectors>
+  __device__ __forceinline__ void add(const uint4 (&vectors)[kVectors], int column) {
+    raise_to(maximum_of<T>(vectors), [&] {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        Real x[F::kWidth];
+        F::unpack(vectors[i], x);
+#pragma unroll
+        for (int k = 0; k < F::kWidth; ++k) compare(x[k], column + i * kThreads * F::kWidth + k);
+      }
+    });
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      Real x[F::kWidth];
+      F::unpack(vectors[i], x);
+      add_values(x);
+    }
+  }
+
+  // One logit.
+  __device__ __forceinline__ void add(T logit, int column) {
+    const Real x[1] = {F::to_real(logit)};
+    raise_to(x[0], [&] { compare(x[0], column); });
+    add_values(x);
+  }
+
+ private:
+  template <typename Compare>
+  __device__ __forceinline__ void raise_to(Real maximum, Compare compare_each) {
+    if constexpr (kMoments) {
+      // Logits that reach the target's are few.
+      if (maximum >= x_target) compare_each();
+    }
+    if constexpr (kCap) maximum = capped(maximum, softcap).value;
+    raise_maximum(part.sums, maximum, exponential);
+  }
+
+  __device__ __forceinline__ void compare(Real x, int column) {
+    part.beaten |= x > x_target || (x == x_target && column < target);
+  }
+
+  // Sums of a vector first, in pairs: the running sum takes a step a vector, not a step a logit.
+  template <int kCount>
+  __device__ __forceinline__ void add_values(const Real (&x)[kCount]) {
+    Real e[kCount], d[kCount], products[kCount];
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      const Real z = kCap ? capped(x[k], softcap).value : x[k];
+      d[k] = z - part.sums.m;
+      e[k] = exponential(d[k]);
+      // The clamp keeps 0 * -inf out; e still brings a NaN.
+      if constexpr (kMoments) products[k] = e[k] * fmax(d[k], static_cast<Real>(-1e30));
+    }
+    part.sums.sum_exp += tree_sum(e);
+    if constexpr (kMoments) {
+      part.sums.sum_shifted += tree_sum(d);
+      part.sums.sum_exp_shifted += tree_sum(products);
+      part.sums.count += kCount;
+    }
+  }
+
+  template <int kCount>
+  static __device__ __forceinline__ Real tree_sum(Real (&values)[kCount]) {
+#pragma unroll
+    for (int half = kCount / 2; half > 0; half /= 2) {
+#pragma unroll
+      for (int k = 0; k < half; ++k) values[k] += values[k + half];
+    }
+    return values[0];
+  }
+};
+
+// Calls add(vectors, i) for groups of vectors of the share, i the index of the group's first vector, with the
+// vectors from global memory.
+template <typename Add>
+__device__ __forceinline__ void walk_global(const uint4* vectors, const Share& share, Add add) {
+  int i = share.first + threadIdx.x;
+  for (; i + (kUnroll - 1) * kThreads < share.last; i += kUnroll * kThreads) {
+    uint4 group[kUnroll];
+#pragma unroll
+    for (int j = 0; j < kUnroll; ++j) group[j] = ptx::load_streaming(vectors + i + j * kThreads);
+    add(group, i);
+  }
+  for (; i < share.last; i += kThreads) {
+    const uint4 group[1] = {ptx::load_streaming(vectors + i)};
+    add(group, i);
+  }
+}
+
+// The same by way of `held`, shared memory for the whole share, where the vectors stay. A thread reads only
+// what it copied itself, so no barrier is needed.
+template <typename Add>
+__device__ __forceinline__ void walk_and_hold(const uint4* vectors, const Share& share, uint4* held, Add add) {
+  int next = share.first + threadIdx.x;  // to be copied
+  auto copy_group = [&] {
+#pragma unroll
+    for (int j = 0; j < kUnroll; ++j) {
+      if (next < share.last) ptx::copy_async(held + (next - share.first), vectors + next);
+      next += kThreads;
+    }
+    ptx::copy_async_commit();
+  };
+  for (int group = 0; group < kGroupsAhead; ++group) copy_group();
+  int i = share.first + threadIdx.x;
+  for (; i + (kUnroll - 1) * kThreads < share.last; i += kUnroll * kThreads) {
+    copy_group();
+    ptx::copy_async_wait<kGroupsAhead>();
+    uint4 group[kUnroll];
+#pragma unroll
+    for (int j = 0; j < kUnroll; ++j) group[j] = held[i - share.first + j * kThreads];
+    add(group, i);
+  }
+  ptx::copy_async_wait<0>();
+  for (; i < share.last; i += kThreads) {
+    const uint4 group[1] = {held[i - share.first]};
+    add(group, i);
+  }
+}
+
+}  // namespace mixce

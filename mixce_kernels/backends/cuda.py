@@ -1,0 +1,151 @@
+"""The backend `cuda`: the CUDA kernels of `csrc/cuda`, on the logits' device and its current stream."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from mixce_kernels.backends import native
+from mixce_kernels.backends.cuda_launch import (
+    MAX_CLUSTER,
+    VECTOR_BYTES,
+    Device,
+    RowLaunch,
+    grad_in_forward_launch,
+    rows_launch,
+)
+from mixce_kernels.backends.rows import Rows, aligned_alike, flat, rows_of
+from mixce_kernels.options import TokenOptions, accumulate_dtype
+
+if native.HAS_CUDA:
+    from mixce_kernels import _C
+
+_MIN_ARCH = 80
+# Blocks of a grid are counted in 31 bits, and a row may have several; columns are counted in 31 bits too.
+_MAX_ROWS = (2**31 - 1) // MAX_CLUSTER
+_MAX_VOCAB_SIZE = 2**31 - 1
+
+
+def unavailable(logits: Tensor) -> str | None:
+    """Why the CUDA kernels cannot serve these logits."""
+    if native.MISSING is not None:
+        return native.MISSING
+    if not native.HAS_CUDA:
+        return "the native extension was built without CUDA; reinstall mixce_kernels where nvcc is found"
+    if logits.device.type == "cpu":
+        if os.environ.get("MIXCE_CPU_TENSORS") != "1":
+            return "it runs on CUDA tensors, and the logits are on cpu"
+    elif logits.device.type != "cuda" or torch.version.hip is not None:
+        return f"it runs on tensors of an NVIDIA GPU, and the logits are on {logits.device}"
+    try:
+        arch = _device(_index(logits)).arch
+    except RuntimeError as error:
+        return str(error)
+    if arch < _MIN_ARCH:
+        return f"it needs compute capability 8.0 or newer, and {logits.device} has {arch // 10}.{arch % 10}"
+    n_rows, vocab_size = logits.shape[:-1].numel(), logits.shape[-1]
+    if n_rows > _MAX_ROWS or vocab_size > _MAX_VOCAB_SIZE:
+        return f"it takes at most {_MAX_ROWS} rows of {_MAX_VOCAB_SIZE} logits, and these are {n_rows} of {vocab_size}"
+    return None
+
+
+def forward(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    eta: Tensor | None,  # [...]
+    eta_value: float,
+    options: TokenOptions,
+    results: tuple[Tensor, ...],
+    grad_loss: Tensor | None,  # [...]
+    grad_logits: Tensor | None,  # [..., V]
+) -> None:
+    """Loss, state and statistics, with the gradient where `grad_logits` is given: see `backends.Backend`."""
+    layout, device = _rows(logits), _device(_index(logits))
+    dtype = native.DTYPES[logits.dtype]
+    state_bytes = _C.cuda_state_bytes(dtype)
+    row_bytes = logits.shape[-1] * logits.element_size()
+    if grad_logits is None:
+        launch = rows_launch(layout.number, row_bytes, device)
+    else:
+        launch = grad_in_forward_launch(layout.number, row_bytes, state_bytes, device)
+        if not aligned_alike(logits, layout, grad_logits, _rows(grad_logits), VECTOR_BYTES):
+            launch = RowLaunch(launch.parts)
+        if launch == RowLaunch(1) and layout.number < device.multiprocessors:
+            # Too few rows to keep the device busy, and no cluster to share one: two kernels that split them.
+            assert grad_loss is not None
+            forward(logits, targets, eta, eta_value, options, results, None, None)
+            logits_grad(logits, targets, results[1], grad_loss, options, grad_logits)
+            return
+    partials = None
+    if grad_logits is None and launch.parts > 1:
+        size = layout.number * launch.parts * _C.cuda_partial_bytes(dtype)
+        partials = torch.empty(size, dtype=torch.uint8, device=logits.device)
+    rows, forward_params, _kept = native.forward_params(
+        logits, targets, eta, eta_value, options, results, grad_loss, grad_logits
+    )
+    with _on_device(logits):
+        _C.cuda_forward(rows, forward_params, _launch(logits, launch, state_bytes, partials))
+
+
+def logits_grad(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    state: Tensor,  # [5, ...]
+    grad_loss: Tensor,  # [...]
+    options: TokenOptions,
+    grad_logits: Tensor,  # [..., V]
+) -> None:
+    """The gradient from the state of the forward: see `backends.Backend`."""
+    grad_loss, grad_loss_stride = flat(grad_loss.to(state.dtype))
+    targets, state = targets.contiguous(), state.contiguous()
+    rows = native.row_params(logits, targets, state, options, grad_loss, grad_loss_stride, grad_logits)
+    with _on_device(logits):
+        _C.cuda_logits_grad(rows, _split_launch(logits))
+
+
+def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
+    """Scales the rows of a gradient in place: see `backends.Backend`."""
+    grad_loss, grad_loss_stride = flat(grad_loss.to(accumulate_dtype(grad_logits.dtype)))
+    rows = native.row_params(grad_logits, None, None, TokenOptions(), grad_loss, grad_loss_stride, grad_logits)
+    with _on_device(grad_logits):
+        _C.cuda_scale_rows(rows, _split_launch(grad_logits))
+
+
+@functools.cache
+def _device(index: int) -> Device:
+    return Device(*_C.cuda_device(index))
+
+
+def _index(tensor: Tensor) -> int:
+    return tensor.device.index if tensor.is_cuda else 0
+
+
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _rows(tensor: Tensor) -> Rows:
+    rows = rows_of(tensor)
+    assert rows is not None, "rows must be reachable by two strides"
+    return rows
+
+
+def _split_launch(logits: Tensor) -> _C.CudaLaunch:
+    row_bytes = logits.shape[-1] * logits.element_size()
+    launch = rows_launch(_rows(logits).number, row_bytes, _device(_index(logits)))
+    return _launch(logits, launch, _C.cuda_state_bytes(native.DTYPES[logits.dtype]))
+
+
+def _launch(logits: Tensor, launch: RowLaunch, state_bytes: int, partials: Tensor | None = None) -> _C.CudaLaunch:
+    return _C.CudaLaunch(
+        _index(logits),
+        torch.cuda.current_stream(logits.device).cuda_stream if logits.is_cuda else 0,
+        launch.parts,
+        state_bytes + launch.held_bytes,
+        launch.held_bytes > 0,
+        0 if partials is None else partials.data_ptr(),
+    )
