@@ -104,16 +104,18 @@ inline void check_shared(const char* what, const void* address, size_t bytes, si
   }
 }
 
-inline std::string describe(uintptr_t address) {
+inline std::string describe_access(uintptr_t address) {
   for (uint32_t rank = 0; rank < kMaxBlocks; ++rank) {
     const uintptr_t begin = reinterpret_cast<uintptr_t>(engine->shared[rank]);
     if (begin == 0 || address < begin || address >= begin + kMaxSharedBytes + kPage) continue;
-    if (address >= begin + kMaxSharedBytes) return "an address out of range of shared memory";
-    return "the shared memory of a block that has exited, rank " + std::to_string(rank) + " in the cluster";
+    if (address >= begin + kMaxSharedBytes)
+      return "address " + hex(address) + " is out of range of shared memory";
+    return "address " + hex(address) + " is in shared memory of a block that has exited, rank " +
+           std::to_string(rank);
   }
   const uintptr_t stack = reinterpret_cast<uintptr_t>(engine->stacks[current - engine->threads.data()]);
-  if (address < stack && address >= stack - kPage) return "beyond the end of the stack";
-  return "address " + hex(address) + ", which is out of range";
+  if (address < stack && address >= stack - kPage) return "stack overflow";
+  return "address " + hex(address) + " is out of range";
 }
 
 inline struct sigaction previous_actions[NSIG];
@@ -125,8 +127,8 @@ inline void on_signal(int signal, siginfo_t* info, void*) {
     return;
   }
   const uintptr_t address = reinterpret_cast<uintptr_t>(info->si_addr);
-  if (signal == SIGSEGV || signal == SIGBUS) fault(cudaErrorIllegalAddress, "access to " + describe(address));
-  fault(cudaErrorLaunchFailure, signal == SIGFPE ? "integer division by zero" : "trap");
+  if (signal == SIGSEGV || signal == SIGBUS) fault(cudaErrorIllegalAddress, describe_access(address));
+  fault(cudaErrorLaunchFailure, strsignal(signal));
 }
 
 inline void install_signal_handler() {
@@ -149,11 +151,12 @@ struct SanitizerRecord {
 }
 }  // namespace cuda_on_cpu
 extern "C" {
-[[noreturn]] __attribute__((used, weak)) void __ubsan_handle_type_mismatch_v1_abort(void* record,
-                                                                                    void* pointer) {
+[[noreturn]] __attribute__((used, weak, visibility("hidden"))) void __ubsan_handle_type_mismatch_v1_abort(
+    void* record, void* pointer) {
   cuda_on_cpu::sanitizer_fault(cudaErrorMisalignedAddress, "misaligned address", record, pointer);
 }
-[[noreturn]] __attribute__((used, weak)) void __ubsan_handle_out_of_bounds_abort(void* record, void* index) {
+[[noreturn]] __attribute__((used, weak, visibility("hidden"))) void __ubsan_handle_out_of_bounds_abort(
+    void* record, void* index) {
   cuda_on_cpu::sanitizer_fault(cudaErrorIllegalAddress, "index out of bounds", record, index);
 }
 }

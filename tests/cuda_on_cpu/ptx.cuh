@@ -11,21 +11,38 @@ inline unsigned char* shared_memory() {
   return reinterpret_cast<unsigned char*>(cuda_on_cpu::current->block->shared);
 }
 
+template <typename Params>
+inline Params read_at_entry(const Params& params) {
+  static_assert(sizeof(Params) % sizeof(uint64_t) == 0, "parameters are read in words of 8 bytes");
+  return params;
+}
+
+inline const void* behind(const void* address, int bytes) {
+  return static_cast<const char*>(address) + bytes;
+}
+inline void* behind(void* address, int bytes) { return static_cast<char*>(address) + bytes; }
+
+template <int kOffset = 0>
 inline uint4 load_streaming(const void* from) {
+  from = behind(from, kOffset);
   cuda_on_cpu::check_access("load_streaming", from, sizeof(uint4));
   uint4 v;
   memcpy(&v, from, sizeof v);
   return v;
 }
 
+template <int kOffset = 0>
 inline void store_streaming(void* to, uint4 v) {
+  to = behind(to, kOffset);
   cuda_on_cpu::check_access("store_streaming", to, sizeof v);
   memcpy(to, &v, sizeof v);
 }
 
 // The bytes arrive no sooner than somebody has waited for them: until then the destination is NaN.
+template <int kOffset = 0>
 inline void copy_async(void* to_shared, const void* from_global) {
   constexpr size_t kBytes = 16;
+  to_shared = behind(to_shared, kOffset), from_global = behind(from_global, kOffset);
   cuda_on_cpu::check_access("copy_async", from_global, kBytes);
   cuda_on_cpu::check_shared("copy_async", to_shared, kBytes, kBytes);
   memset(to_shared, 0xFF, kBytes);
@@ -100,11 +117,18 @@ inline uint32_t max_f16x2(uint32_t a, uint32_t b) {
   return pair_of(max_16<from_f16>(half_of(a, 0), half_of(b, 0)),
                  max_16<from_f16>(half_of(a, 1), half_of(b, 1)));
 }
+inline float2 unpack_bf16x2(uint32_t pair) {
+  return {from_bf16(half_of(pair, 0)), from_bf16(half_of(pair, 1))};
+}
 inline float2 unpack_f16x2(uint32_t pair) { return {from_f16(half_of(pair, 0)), from_f16(half_of(pair, 1))}; }
 inline uint32_t pack_bf16x2(float first, float second) { return pair_of(to_bf16(first), to_bf16(second)); }
 inline uint32_t pack_f16x2(float first, float second) { return pair_of(to_f16(first), to_f16(second)); }
 
-inline uint32_t cluster_rank() { return cuda_on_cpu::current->block->rank; }
+template <int kLanes, typename T>
+inline T shuffle_xor(T value, CUDA_ON_CPU_SITE) {
+  return __shfl_xor_sync(0xffffffffu, value, kLanes, 32, file, line);
+}
+
 inline void cluster_arrive(CUDA_ON_CPU_SITE) {
   if (!cuda_on_cpu::engine->launch.device_has_clusters) return;
   cuda_on_cpu::arrive_at_cluster_barrier({"cluster_arrive", file, line});
