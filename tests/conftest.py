@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ import torch
 # Interpreted and compiled kernels do not mix in one process: `TRITON_INTERPRET=1 pytest` tries that backend alone, on
 # CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# `MIXCE_TEST_BACKEND=cuda MIXCE_CPU_TENSORS=1 pytest` tries that backend alone, on CPU tensors, under an emulation.
+EMULATED = "triton" if INTERPRETED else os.environ.get("MIXCE_TEST_BACKEND")
 if INTERPRETED:
     os.environ["MIXCE_CPU_TENSORS"] = "1"
-BACKENDS = ["triton"] if INTERPRETED else ["reference", "cpu"]
-if torch.cuda.is_available() and not INTERPRETED:
-    BACKENDS.append(pytest.param("triton", marks=pytest.mark.gpu))
+BACKENDS: list[Any] = [EMULATED] if EMULATED else ["reference", "cpu"]
+if torch.cuda.is_available() and not EMULATED:
+    BACKENDS += [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,7 +32,7 @@ def backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[name for name in BACKENDS if name != "reference"])
+@pytest.fixture(params=[backend for backend in BACKENDS if backend != "reference"])
 def kernels(request: pytest.FixtureRequest) -> str:
     """Every backend but the plain one: those that own their operators and their memory."""
     return request.param
@@ -39,7 +42,7 @@ def kernels(request: pytest.FixtureRequest) -> str:
 def device(request: pytest.FixtureRequest) -> str:
     """Where the backend under test runs."""
     names = {request.getfixturevalue(name) for name in ("backend", "kernels") if name in request.fixturenames}
-    return "cuda" if "triton" in names and not INTERPRETED else "cpu"
+    return "cuda" if names & {"triton", "cuda"} and not EMULATED else "cpu"
 
 
 @pytest.fixture(autouse=True)

@@ -28,28 +28,35 @@ __device__ __forceinline__ Params read_at_entry(const Params& params) {
   return copy;
 }
 
-// 16 aligned bytes of global memory that no thread will want from L1 again.
+// 16 aligned bytes of global memory that no thread will want from L1 again, kOffset bytes behind `from`.
+template <int kOffset = 0>
 __device__ __forceinline__ uint4 load_streaming(const void* from) {
   uint4 v;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(from)
+               : "l"(from), "n"(kOffset)
                : "memory");
   return v;
 }
 
-// 16 aligned bytes to global memory, first to leave the caches.
+// 16 aligned bytes to global memory, first to leave the caches, kOffset bytes behind `to`.
+template <int kOffset = 0>
 __device__ __forceinline__ void store_streaming(void* to, uint4 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};"
+  asm volatile("st.global.cs.v4.u32 [%0 + %1], {%2, %3, %4, %5};"
                :
-               : "l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+               : "l"(to), "n"(kOffset), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                : "memory");
 }
 
-// 16 aligned bytes from global to shared memory behind the thread's back, past L1 and the registers.
+// 16 aligned bytes from global to shared memory behind the thread's back, past L1 and the registers, kOffset bytes
+// behind both addresses.
+template <int kOffset = 0>
 __device__ __forceinline__ void copy_async(void* to_shared, const void* from_global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" : : "r"(to), "l"(from_global) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;"
+               :
+               : "r"(to), "l"(from_global), "n"(kOffset)
+               : "memory");
 }
 // Closes the thread's current group of such copies, and waits until at most kPending groups are under way.
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" : : : "memory"); }
@@ -83,6 +90,13 @@ __device__ __forceinline__ uint32_t max_f16x2(uint32_t a, uint32_t b) {
   asm("max.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
   return c;
 }
+// As instructions, because the compiler would move each result from an integer's register to a float's.
+__device__ __forceinline__ float2 unpack_bf16x2(uint32_t pair) {
+  float2 v;
+  asm("shl.b32 %0, %1, 16;" : "=f"(v.x) : "r"(pair));
+  asm("and.b32 %0, %1, 0xffff0000;" : "=f"(v.y) : "r"(pair));
+  return v;
+}
 __device__ __forceinline__ float2 unpack_f16x2(uint32_t pair) {
   float2 v;
   asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.f32.f16 %0, low; cvt.f32.f16 %1, high; }"
@@ -102,14 +116,19 @@ __device__ __forceinline__ uint32_t pack_f16x2(float first, float second) {
   return pair;
 }
 
-// Thread-block clusters, from sm_90 on; before that a block is a cluster of its own.
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
+// The value of the lane whose number differs in the bits of kLanes; all lanes of the warp take part.
+template <int kLanes>
+__device__ __forceinline__ float shuffle_xor(float value) {
+  float other;
+  asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 31, 0xffffffff;" : "=f"(other) : "f"(value), "n"(kLanes));
+  return other;
 }
+template <int kLanes, typename T>
+__device__ __forceinline__ T shuffle_xor(T value) {
+  return __shfl_xor_sync(0xffffffffu, value, kLanes);
+}
+
+// Thread-block clusters, from sm_90 on; before that a block is a cluster of its own.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.aligned;" : : : "memory");

@@ -7,7 +7,8 @@
 namespace mixce {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarpSize = 32;
+constexpr int kLogWarpSize = 5;
+constexpr int kWarpSize = 1 << kLogWarpSize;
 
 // Statistics of a part of a row, in units of (capped) logits, and whether a logit in it beats the target's:
 // larger, or equal and earlier.
@@ -38,28 +39,41 @@ __device__ __forceinline__ void add_partial(Partial<Real>& part, const Partial<R
   }
 }
 
+// Leaves a part where others will find it; what kMoments does not need is not kept alive for it.
+template <bool kMoments, typename Real>
+__device__ __forceinline__ void leave_partial(Partial<Real>& place, const Partial<Real>& part) {
+  place.sums.m = part.sums.m;
+  place.sums.sum_exp = part.sums.sum_exp;
+  if constexpr (kMoments) place = part;
+}
+template <bool kMoments, typename Real>
+__device__ __forceinline__ Partial<Real> find_partial(const Partial<Real>& place) {
+  if constexpr (kMoments) return place;
+  Partial<Real> part = empty_partial<Real>();
+  part.sums.m = place.sums.m;
+  part.sums.sum_exp = place.sums.sum_exp;
+  return part;
+}
+
 // Merges the parts of a warp's lanes; every lane gets the whole. First the maxima meet, so that each lane
 // spends one exponential however many parts there are.
 template <bool kMoments, typename Real>
 __device__ __forceinline__ void merge_warp(Partial<Real>& part, const Exponential<Real>& exponential) {
   Real maximum = part.sums.m;
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-    maximum = fmax(maximum, __shfl_xor_sync(kAllLanes, maximum, distance));
-  }
+  unroll<kLogWarpSize>([&](auto bit) { maximum = fmax(maximum, ptx::shuffle_xor<1 << bit.value>(maximum)); });
   raise_maximum(part.sums, maximum, exponential);
-#pragma unroll
-  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+  unroll<kLogWarpSize>([&](auto bit) {
+    constexpr int kLanes = 1 << bit.value;
     Partial<Real> other;
-    other.sums.sum_exp = __shfl_xor_sync(kAllLanes, part.sums.sum_exp, distance);
+    other.sums.sum_exp = ptx::shuffle_xor<kLanes>(part.sums.sum_exp);
     if constexpr (kMoments) {
-      other.sums.sum_shifted = __shfl_xor_sync(kAllLanes, part.sums.sum_shifted, distance);
-      other.sums.sum_exp_shifted = __shfl_xor_sync(kAllLanes, part.sums.sum_exp_shifted, distance);
-      other.sums.count = __shfl_xor_sync(kAllLanes, part.sums.count, distance);
-      other.beaten = __shfl_xor_sync(kAllLanes, part.beaten, distance);
+      other.sums.sum_shifted = ptx::shuffle_xor<kLanes>(part.sums.sum_shifted);
+      other.sums.sum_exp_shifted = ptx::shuffle_xor<kLanes>(part.sums.sum_exp_shifted);
+      other.sums.count = ptx::shuffle_xor<kLanes>(part.sums.count);
+      other.beaten = ptx::shuffle_xor<kLanes>(part.beaten);
     }
     add_partial<kMoments>(part, other);
-  }
+  });
 }
 
 // Merges any number of parts in memory by one warp; every lane gets the whole.
@@ -67,8 +81,9 @@ template <bool kMoments, typename Real, typename PartAt>
 __device__ __forceinline__ Partial<Real> merge_parts(int count, PartAt part_at,
                                                      const Exponential<Real>& exponential) {
   Partial<Real> merged = empty_partial<Real>();
+#pragma unroll 1
   for (int i = threadIdx.x % kWarpSize; i < count; i += kWarpSize) {
-    Partial<Real> part = part_at(i);
+    Partial<Real> part = find_partial<kMoments>(part_at(i));
     raise_maximum(merged.sums, part.sums.m, exponential);
     raise_maximum(part.sums, merged.sums.m, exponential);
     add_partial<kMoments>(merged, part);

@@ -31,9 +31,9 @@ struct Gradient {
   __device__ __forceinline__ Real of(Real x) const {
     if constexpr (kCap) {
       const auto z = capped(x, softcap);
-      return z.slope * (exponential(z.value - terms.m) * terms.k - terms.c);
+      return z.slope * fma(exponential(z.value - terms.m), terms.k, -terms.c);
     } else {
-      return exponential(x - terms.m) * terms.k - terms.c;
+      return fma(exponential(x - terms.m), terms.k, -terms.c);
     }
   }
 };
@@ -46,9 +46,10 @@ struct Window {
   const uint4* logits;   // the aligned vector that holds the first number of the body's first vector
   int shift;             // bytes from its begin to that number
 
-  __device__ __forceinline__ uint4 load(int i) const {
-    if (shift == 0) return ptx::load_streaming(logits + i);
-    const uint4 a = ptx::load_streaming(logits + i), b = ptx::load_streaming(logits + i + 1);
+  // The vector kOffset bytes behind the one at `from`, one of the body's.
+  template <int kOffset>
+  __device__ __forceinline__ uint4 load_shifted(const uint4* from) const {
+    const uint4 a = ptx::load_streaming<kOffset>(from), b = ptx::load_streaming<kOffset + 16>(from);
     uint32_t w[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int step = 2; step > 0; --step) {
@@ -78,34 +79,72 @@ __device__ __forceinline__ Window<T> window_of(const T* logits, const T* grad, i
   return window;
 }
 
-// Writes the vectors of a share, each gradient(load(i)), then its edges, and at last the target's gradient by
-// the thread that wrote in its place before, which needs no barrier.
-template <typename T, typename Load, typename Gradient>
-__device__ __forceinline__ void write_row(T* grad, const T* logits, const Body<T>& body, const Share& share,
-                                          Load load, const Gradient& gradient, int target, T at_target) {
-  constexpr int kWidth = Format<T>::kWidth;
-  const int thread = threadIdx.x;
-  uint4* const vectors = reinterpret_cast<uint4*>(grad + body.begin);
-  int i = share.first + thread;
-  for (; i + (kUnroll - 1) * kThreads < share.last; i += kUnroll * kThreads) {
-    uint4 group[kUnroll];
-#pragma unroll
-    for (int j = 0; j < kUnroll; ++j) group[j] = load(i + j * kThreads);
-#pragma unroll
-    for (int j = 0; j < kUnroll; ++j) ptx::store_streaming(vectors + i + j * kThreads, gradient(group[j]));
+// Pass 2 over the vectors of a share: load(from, offset) yields one of `from` on, offset bytes behind it.
+template <int kGroup, typename Load, typename Gradient>
+__device__ __forceinline__ void write_vectors(uint4* to, const uint4* from, const Share& share, Load load,
+                                              const Gradient& gradient) {
+  Walk walk = walk_of<kGroup>(share);
+  to += walk.first, from += walk.first;
+  for (; walk.groups > 0; --walk.groups) {
+    uint4 group[kGroup];
+    unroll<kGroup>([&](auto j) { group[j.value] = load(from, std::integral_constant<int, j.value * kVectorStep>()); });
+    unroll<kGroup>([&](auto j) { ptx::store_streaming<j.value * kVectorStep>(to, gradient(group[j.value])); });
+    to += kGroup * kThreads, from += kGroup * kThreads;
   }
-  for (; i < share.last; i += kThreads) ptx::store_streaming(vectors + i, gradient(load(i)));
-  if (share.edges && thread < body.edges) {
-    const int column = body.edge(thread);
-    grad[column] = gradient(logits[column]);
+  for (; walk.rest > 0; --walk.rest) {
+    ptx::store_streaming(to, gradient(load(from, std::integral_constant<int, 0>())));
+    to += kThreads, from += kThreads;
+  }
+}
+
+// The edges, and at last the target's gradient by the thread that wrote in its place before, which needs no barrier.
+// A target of -1 is none.
+template <typename T, typename Gradient>
+__device__ __forceinline__ void write_edges_and_target(T* grad, const T* logits, const Body<T>& body,
+                                                       const Share& share, const Gradient& gradient, int target,
+                                                       T at_target) {
+  const unsigned thread = threadIdx.x;
+  int edge = -1;
+  if (share.edges && static_cast<int>(thread) < body.edges) {
+    edge = body.edge(thread);
+    grad[edge] = gradient(logits[edge]);
   }
   if (target < 0) return;
-  const bool in_body = target >= body.begin && target < body.end;
-  const int vector = (target - body.begin) / kWidth;
-  const bool mine = in_body ? vector >= share.first && vector < share.last &&
-                                  (vector - share.first) % kThreads == thread
-                            : share.edges && body.edge(thread) == target && thread < body.edges;
+  // Differences wrap where the target comes first.
+  const unsigned in_body = target - body.begin;
+  const unsigned in_share = in_body / Format<T>::kWidth - share.first;
+  const bool mine = in_body < static_cast<unsigned>(body.end - body.begin)
+                        ? in_share < static_cast<unsigned>(share.last - share.first) && in_share % kThreads == thread
+                        : edge == target;
   if (mine) grad[target] = at_target;
+}
+
+// Pass 2 over one of `parts` shares of a row, from global memory.
+template <typename T, typename Gradient>
+__device__ __forceinline__ void write_row(T* grad, const T* logits, int vocab_size, int part, int parts,
+                                          const Gradient& gradient, int target, T at_target) {
+  const Window<T> window = window_of<T>(logits, grad, vocab_size);
+  const Share share = share_of(window.body.count, part, parts);
+  uint4* const to = reinterpret_cast<uint4*>(grad + window.body.begin);
+  if (window.shift == 0) {
+    write_vectors<kUnroll<T>>(to, window.logits, share,
+                  [](const uint4* from, auto offset) { return ptx::load_streaming<offset.value>(from); }, gradient);
+  } else {
+    write_vectors<kUnroll<T>>(to, window.logits, share,
+                  [&](const uint4* from, auto offset) { return window.template load_shifted<offset.value>(from); },
+                  gradient);
+  }
+  write_edges_and_target(grad, logits, window.body, share, gradient, target, at_target);
+}
+
+// The same from shared memory, where pass 1 left the share.
+template <typename T, typename Gradient>
+__device__ __forceinline__ void write_row_from_shared(T* grad, const T* logits, const uint4* held,
+                                                      const Body<T>& body, const Share& share,
+                                                      const Gradient& gradient, int target, T at_target) {
+  write_vectors<kUnroll<T>>(reinterpret_cast<uint4*>(grad + body.begin), held - share.first, share,
+                [](const uint4* from, auto offset) { return from[offset.value / sizeof(uint4)]; }, gradient);
+  write_edges_and_target(grad, logits, body, share, gradient, target, at_target);
 }
 
 }  // namespace mixce

@@ -14,6 +14,12 @@ struct Launch {
   void* partials;  // [N, parts] Partials of a forward whose rows are split without a cluster, else null
 };
 
+// Blocks that must fit a multiprocessor. Left to itself the compiler sooner spills a few registers than gives up a block.
+// Five leave 48 registers a thread, enough for one plain pass; three leave 80, for two passes, a softcap or
+// moments; float64 gets 128.
+template <typename T, bool kPlain>
+constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 2 : kPlain ? 5 : 3;
+
 // What a block keeps in shared memory before the vectors it holds.
 template <typename Real>
 struct alignas(16) SharedState {
@@ -122,7 +128,7 @@ __device__ __forceinline__ void finish_ignored_row(const RowParams& p, const For
 // writes 6 numbers a row and the gradient. The blocks of a split row meet in distributed shared memory where they
 // are a cluster (with kPass2), else they leave their partials to merge_kernel.
 template <typename T, bool kCap, bool kMoments, Pass2 kPass2>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments && kPass2 == Pass2::kNone>))
     forward_kernel(const RowParams row_params, const ForwardParams forward_params, const Launch launch) {
   using Real = typename Format<T>::Real;
   const RowParams p = ptx::read_at_entry(row_params);
@@ -156,20 +162,22 @@ __global__ void __launch_bounds__(kThreads)
     accumulator.add(logits[column], column);
   }
   if constexpr (kPass2 == Pass2::kFromShared) {
-    walk_and_hold(body.vectors, share, held, add);
+    walk_and_hold<kUnroll<T>>(body.vectors, share, held, add);
   } else {
-    walk_global(body.vectors, share, add);
+    walk_global<kUnroll<T>>(body.vectors, share, add);
   }
   merge_warp<kMoments>(accumulator.part, accumulator.exponential);
-  if (threadIdx.x % kWarpSize == 0) shared.warps[threadIdx.x / kWarpSize] = accumulator.part;
+  if (threadIdx.x % kWarpSize == 0) {
+    leave_partial<kMoments>(shared.warps[threadIdx.x / kWarpSize], accumulator.part);
+  }
   __syncthreads();
 
   // Epilogue.
   const bool cluster = kPass2 != Pass2::kNone && launch.parts > 1;
   if (threadIdx.x < kWarpSize) {
     accumulator.part = merge_parts<kMoments>(
-        kWarps, [&](int i) { return shared.warps[i]; }, accumulator.exponential);
-    if (threadIdx.x == 0) shared.block = accumulator.part;
+        kWarps, [&](int i) -> const auto& { return shared.warps[i]; }, accumulator.exponential);
+    if (threadIdx.x == 0) leave_partial<kMoments>(shared.block, accumulator.part);
   }
   if (cluster) {
     __syncthreads();
@@ -177,12 +185,14 @@ __global__ void __launch_bounds__(kThreads)
     ptx::cluster_wait();
     if (threadIdx.x < kWarpSize) {
       accumulator.part = merge_parts<kMoments>(
-          launch.parts, [&](int i) { return *ptx::in_cluster(&shared.block, i); }, accumulator.exponential);
+          launch.parts, [&](int i) -> const auto& { return *ptx::in_cluster(&shared.block, i); }, accumulator.exponential);
     }
     __syncwarp();
     ptx::cluster_arrive();  // no more need of the other blocks' shared memory
   } else if (kPass2 == Pass2::kNone && launch.parts > 1) {
-    if (threadIdx.x == 0) static_cast<Partial<Real>*>(launch.partials)[blockIdx.x] = accumulator.part;
+    if (threadIdx.x == 0) {
+      leave_partial<kMoments>(static_cast<Partial<Real>*>(launch.partials)[blockIdx.x], accumulator.part);
+    }
     return;
   }
   if (threadIdx.x == 0) {
@@ -198,12 +208,9 @@ __global__ void __launch_bounds__(kThreads)
   const Gradient<T, kCap> gradient(p, terms);
   T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
   if constexpr (kPass2 == Pass2::kFromShared) {
-    write_row(grad, logits, body, share, [&](int i) { return held[i - share.first]; }, gradient, target.column,
-              Format<T>::from_real(terms.t));
+    write_row_from_shared(grad, logits, held, body, share, gradient, target.column, Format<T>::from_real(terms.t));
   } else {
-    const auto window = window_of(logits, static_cast<const T*>(grad), vocab_size);
-    write_row(grad, logits, window.body, share_of(window.body.count, part, launch.parts),
-              [&](int i) { return window.load(i); }, gradient, target.column, Format<T>::from_real(terms.t));
+    write_row(grad, logits, vocab_size, part, launch.parts, gradient, target.column, Format<T>::from_real(terms.t));
   }
   if (cluster) ptx::cluster_wait();
 }
@@ -221,7 +228,7 @@ __global__ void __launch_bounds__(kWarpSize)
   const Partial<Real>* const partials =
       static_cast<const Partial<Real>*>(launch.partials) + static_cast<int64_t>(row) * launch.parts;
   const auto whole = merge_parts<kMoments>(
-      launch.parts, [&](int i) { return partials[i]; }, Exponential<Real>(scale_of_differences(p)));
+      launch.parts, [&](int i) -> const auto& { return partials[i]; }, Exponential<Real>(scale_of_differences(p)));
   if (threadIdx.x > 0) return;
   const T* const logits = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
   const Real x_target = target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
@@ -232,7 +239,7 @@ __global__ void __launch_bounds__(kWarpSize)
 // Pass 2 alone, from the state of the forward: reads and writes each logit once. Rows are taken in the
 // reverse of the forward's order: its last ones may still be in L2.
 template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads) logits_grad_kernel(const RowParams row_params, const Launch launch) {
+__global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap>)) logits_grad_kernel(const RowParams row_params, const Launch launch) {
   using Real = typename Format<T>::Real;
   const RowParams p = ptx::read_at_entry(row_params);
   const uint32_t row = static_cast<uint32_t>(p.rows) - 1 - blockIdx.x / launch.parts;
@@ -242,8 +249,6 @@ __global__ void __launch_bounds__(kThreads) logits_grad_kernel(const RowParams r
 
   const T* const logits = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
   T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
-  const auto window = window_of(logits, static_cast<const T*>(grad), static_cast<int>(p.vocab_size));
-  const Share share = share_of(window.body.count, part, launch.parts);
   auto& shared = *reinterpret_cast<GradTerms<Real>*>(ptx::shared_memory());
   if (threadIdx.x == 0) {
     Real state[5];
@@ -256,13 +261,13 @@ __global__ void __launch_bounds__(kThreads) logits_grad_kernel(const RowParams r
   }
   __syncthreads();
   const GradTerms<Real> terms = shared;
-  write_row(grad, logits, window.body, share, [&](int i) { return window.load(i); }, Gradient<T, kCap>(p, terms),
-            target.column, Format<T>::from_real(terms.t));
+  write_row(grad, logits, static_cast<int>(p.vocab_size), part, launch.parts, Gradient<T, kCap>(p, terms), target.column,
+            Format<T>::from_real(terms.t));
 }
 
 // Multiplies a row of the gradient by its factor in place; a factor of 1 leaves the row alone.
 template <typename T>
-__global__ void __launch_bounds__(kThreads) scale_rows_kernel(const RowParams row_params, const Launch launch) {
+__global__ void __launch_bounds__(kThreads, (kMinBlocks<T, true>)) scale_rows_kernel(const RowParams row_params, const Launch launch) {
   using F = Format<T>;
   using Real = typename F::Real;
   const RowParams p = ptx::read_at_entry(row_params);
@@ -271,8 +276,6 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(const RowParams ro
       loaded_once([&] { return static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride]; });
   if (factor == 1) return;
   T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
-  const auto body = body_of<T>(grad, static_cast<int>(p.vocab_size));
-  const Share share = share_of(body.count, blockIdx.x % launch.parts, launch.parts);
   auto scaled = [&](auto value) {
     if constexpr (sizeof(value) == sizeof(uint4)) {
       Real x[F::kWidth];
@@ -284,8 +287,7 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(const RowParams ro
       return F::from_real(F::to_real(value) * factor);
     }
   };
-  write_row(grad, static_cast<const T*>(grad), body, share, [&](int i) { return ptx::load_streaming(body.vectors + i); },
-            scaled, -1, T{});
+  write_row<T>(grad, grad, static_cast<int>(p.vocab_size), blockIdx.x % launch.parts, launch.parts, scaled, -1, T{});
 }
 
 }  // namespace mixce

@@ -11,8 +11,10 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 // Vectors of a thread under way at once. Four are 16 KiB a block: two blocks cover the latency of an H100 (25
 // B/ns a multiprocessor for 700 ns). They also share one exponential for the running maximum: 1/32 a bfloat16.
-constexpr int kUnroll = 4;
-// Groups of kUnroll vectors that are copied to shared memory ahead of the one in use.
+// Two of float64, whose exponentials need the registers.
+template <typename T>
+constexpr int kUnroll = sizeof(T) == sizeof(double) ? 2 : 4;
+// Groups of vectors that are copied to shared memory ahead of the one in use.
 constexpr int kGroupsAhead = 3;
 
 // The vectors [first, last) of a row's body that this block takes, and whether it takes the edges too.
@@ -21,7 +23,7 @@ struct Share {
   bool edges;
 };
 __device__ __forceinline__ Share share_of(int count, int part, int parts) {
-  const int each = (count + parts - 1) / parts;
+  const int each = static_cast<unsigned>(count + parts - 1) / static_cast<unsigned>(parts);
   const int first = min(part * each, count);
   return {first, min(first + each, count), part == 0};
 }
@@ -114,50 +116,72 @@ struct Accumulator {
   }
 };
 
-// Calls add(vectors, i) for groups of vectors of the share, i the index of the group's first vector, with the
+// This thread's vectors of a share: every kThreads-th from the first on, so many groups of kGroup and a rest.
+struct Walk {
+  int first, groups, rest;
+};
+constexpr int kVectorStep = kThreads * sizeof(uint4);  // bytes from a thread's vector to its next
+template <int kGroup>
+__device__ __forceinline__ Walk walk_of(const Share& share) {
+  const int first = share.first + threadIdx.x;
+  const unsigned vectors = static_cast<unsigned>(max(share.last - first + kThreads - 1, 0)) / kThreads;
+  return {first, static_cast<int>(vectors / kGroup), static_cast<int>(vectors % kGroup)};
+}
+
+// Calls add(vectors, i) for this thread's groups of vectors, i the index of a group's first vector, with the
 // vectors from global memory.
-template <typename Add>
+template <int kGroup, typename Add>
 __device__ __forceinline__ void walk_global(const uint4* vectors, const Share& share, Add add) {
-  int i = share.first + threadIdx.x;
-  for (; i + (kUnroll - 1) * kThreads < share.last; i += kUnroll * kThreads) {
-    uint4 group[kUnroll];
-#pragma unroll
-    for (int j = 0; j < kUnroll; ++j) group[j] = ptx::load_streaming(vectors + i + j * kThreads);
-    add(group, i);
+  Walk walk = walk_of<kGroup>(share);
+  const uint4* from = vectors + walk.first;
+  for (; walk.groups > 0; --walk.groups) {
+    uint4 group[kGroup];
+    unroll<kGroup>([&](auto j) { group[j.value] = ptx::load_streaming<j.value * kVectorStep>(from); });
+    add(group, walk.first);
+    walk.first += kGroup * kThreads, from += kGroup * kThreads;
   }
-  for (; i < share.last; i += kThreads) {
-    const uint4 group[1] = {ptx::load_streaming(vectors + i)};
-    add(group, i);
+  for (; walk.rest > 0; --walk.rest) {
+    const uint4 group[1] = {ptx::load_streaming(from)};
+    add(group, walk.first);
+    walk.first += kThreads, from += kThreads;
   }
 }
 
 // The same by way of `held`, shared memory for the whole share, where the vectors stay. A thread reads only
 // what it copied itself, so no barrier is needed.
-template <typename Add>
+template <int kGroup, typename Add>
 __device__ __forceinline__ void walk_and_hold(const uint4* vectors, const Share& share, uint4* held, Add add) {
-  int next = share.first + threadIdx.x;  // to be copied
+  Walk walk = walk_of<kGroup>(share);
+  const uint4* from = vectors + walk.first;
+  uint4* to = held + threadIdx.x;
+  const uint4* arrived = to;
+  int groups_to_copy = walk.groups;
+  // The rest goes with the group that would follow the last.
   auto copy_group = [&] {
-#pragma unroll
-    for (int j = 0; j < kUnroll; ++j) {
-      if (next < share.last) ptx::copy_async(held + (next - share.first), vectors + next);
-      next += kThreads;
+    if (groups_to_copy > 0) {
+      unroll<kGroup>([&](auto j) { ptx::copy_async<j.value * kVectorStep>(to, from); });
+      from += kGroup * kThreads, to += kGroup * kThreads;
+    } else if (groups_to_copy == 0) {
+      for (int i = 0; i < walk.rest; ++i) ptx::copy_async(to + i * kThreads, from + i * kThreads);
     }
+    --groups_to_copy;
     ptx::copy_async_commit();
   };
-  for (int group = 0; group < kGroupsAhead; ++group) copy_group();
-  int i = share.first + threadIdx.x;
-  for (; i + (kUnroll - 1) * kThreads < share.last; i += kUnroll * kThreads) {
+  unroll<kGroupsAhead>([&](auto) { copy_group(); });
+  for (; walk.groups > 0; --walk.groups) {
     copy_group();
     ptx::copy_async_wait<kGroupsAhead>();
-    uint4 group[kUnroll];
-#pragma unroll
-    for (int j = 0; j < kUnroll; ++j) group[j] = held[i - share.first + j * kThreads];
-    add(group, i);
+    uint4 group[kGroup];
+    unroll<kGroup>([&](auto j) { group[j.value] = arrived[j.value * kThreads]; });
+    add(group, walk.first);
+    walk.first += kGroup * kThreads, arrived += kGroup * kThreads;
   }
+  copy_group();
   ptx::copy_async_wait<0>();
-  for (; i < share.last; i += kThreads) {
-    const uint4 group[1] = {held[i - share.first]};
-    add(group, i);
+  for (; walk.rest > 0; --walk.rest) {
+    const uint4 group[1] = {*arrived};
+    add(group, walk.first);
+    walk.first += kThreads, arrived += kThreads;
   }
 }
 

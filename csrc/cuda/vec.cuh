@@ -4,11 +4,21 @@
 #include <cuda_runtime.h>
 #include <float.h>
 #include <ptx.cuh>
+#include <type_traits>
 
 #include "../mixce_math.h"
 #include "../params.h"
 
 namespace mixce {
+
+// Calls body with std::integral_constants 0 to kCount - 1: a loop whose index is a compile-time number.
+template <int kCount, int kFirst = 0, typename Body>
+__device__ __forceinline__ void unroll(const Body& body) {
+  if constexpr (kFirst < kCount) {
+    body(std::integral_constant<int, kFirst>());
+    unroll<kCount, kFirst + 1>(body);
+  }
+}
 
 // How numbers of type T lie in a vector, and the type of their arithmetic.
 template <typename T>
@@ -74,7 +84,7 @@ struct PairFormat {
 template <>
 struct Format<BFloat16> : PairFormat<BFloat16, Format<BFloat16>> {
   static __device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+    return ptx::unpack_bf16x2(pair);
   }
   static __device__ __forceinline__ uint32_t pack_pair(float a, float b) { return ptx::pack_bf16x2(a, b); }
   static __device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) { return ptx::max_bf16x2(a, b); }
@@ -135,7 +145,7 @@ __device__ __forceinline__ Body<T> body_of(const T* row, int vocab_size) {
   const int to_boundary = static_cast<int>(-reinterpret_cast<uintptr_t>(row) % sizeof(uint4) / sizeof(T));
   Body<T> body;
   body.begin = min(to_boundary, vocab_size);
-  body.count = (vocab_size - body.begin) / kWidth;
+  body.count = static_cast<unsigned>(vocab_size - body.begin) / kWidth;
   body.end = body.begin + body.count * kWidth;
   body.edges = body.begin + vocab_size - body.end;
   body.vectors = reinterpret_cast<const uint4*>(row + body.begin);
