@@ -16,9 +16,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = "triton" if INTERPRETED else os.environ.get("MIXCE_TEST_BACKEND")
 if INTERPRETED:
     os.environ["MIXCE_CPU_TENSORS"] = "1"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# Those that run on a GPU or, alone, under an emulation.
+GPU_BACKENDS: list[Any] = (
+    [EMULATED] if EMULATED else [pytest.param(name, marks=(pytest.mark.gpu, needs_gpu)) for name in ("triton", "cuda")]
+)
 BACKENDS: list[Any] = [EMULATED] if EMULATED else ["reference", "cpu"]
 if torch.cuda.is_available() and not EMULATED:
-    BACKENDS += [pytest.param(name, marks=pytest.mark.gpu) for name in ("triton", "cuda")]
+    BACKENDS += GPU_BACKENDS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

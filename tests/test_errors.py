@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import INTERPRETED
+from conftest import EMULATED
 from torch import Tensor
 
 from mixce_kernels import MixCELoss, fused_mixce_loss, mixce_loss_reference
@@ -165,7 +165,7 @@ def test_module_checks_eta(eta: float) -> None:
 
 def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """By argument or by the environment."""
-    with pytest.raises(ValueError, match=r"expected backend to be one of reference, cpu, triton.*got 'gpu'"):
+    with pytest.raises(ValueError, match=r"expected backend to be one of reference, cpu, triton, cuda or None, got 'gpu'"):
         fused_mixce_loss(logits(), targets(), backend="gpu")
     monkeypatch.setenv("MIXCE_BACKEND", "tpu")
     with pytest.raises(ValueError, match="got 'tpu'"):
@@ -177,9 +177,11 @@ def test_backend_that_cannot_serve() -> None:
     meta = logits().to("meta"), targets().to("meta")
     with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot serve this call: it runs on CPU tensors.*on meta"):
         fused_mixce_loss(*meta, backend="cpu")
-    if not INTERPRETED:
-        with pytest.raises(RuntimeError, match="backend 'triton' cannot serve this call: "):
-            fused_mixce_loss(logits(), targets(), backend="triton")
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot serve this call: it runs on CUDA.*on meta"):
+        fused_mixce_loss(*meta, backend="triton")
+    for backend in () if EMULATED else ("triton", "cuda"):
+        with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot serve this call: "):
+            fused_mixce_loss(logits(), targets(), backend=backend)
 
 
 def test_environment_names_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:

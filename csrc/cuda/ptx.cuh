@@ -131,12 +131,12 @@ __device__ __forceinline__ T shuffle_xor(T value) {
 // Thread-block clusters, from sm_90 on; before that a block is a cluster of its own.
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;" : : : "memory");
+  asm volatile("barrier.cluster.arrive;" : : : "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.aligned;" : : : "memory");
+  asm volatile("barrier.cluster.wait;" : : : "memory");
 #endif
 }
 // Where `shared`, an address of the own block's shared memory, lies in the block with that rank.

@@ -1,0 +1,33 @@
+"""The CUDA kernels as nvcc compiles them, executed: with nvcc and the folder `ptx_on_cpu` at hand no GPU is needed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_triton_ptx import FOLDER, needs_ptx_on_cpu
+
+pytest.importorskip("pybind11")
+
+TESTS = Path(__file__).parent
+
+
+@needs_ptx_on_cpu
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_every_kernel_in_three_orders(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MIXCE_")}
+    knobs = {"MIXCE_BUILD_CUDA": "1", "MIXCE_CUDA_ARCHS": "90+PTX", "MIXCE_CUDART": "shared"}
+    package = tmp_path / "lib"
+    build = [sys.executable, "setup.py", "-q", "build", "--build-base", tmp_path, "--build-lib", package]
+    subprocess.run(build, cwd=TESTS.parent, env=environment | knobs, check=True, capture_output=True)
+
+    paths = os.pathsep.join(map(str, (package, FOLDER)))
+    environment |= {"MIXCE_CPU_TENSORS": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    run = subprocess.run([sys.executable, TESTS / "cuda_on_ptx.py"], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-1000:] + run.stderr[-4000:]
+    assert run.stdout.endswith("ran 76 kernels\n"), run.stdout
