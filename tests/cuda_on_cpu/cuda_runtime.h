@@ -93,7 +93,6 @@ inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, 
 }
 
 inline void __threadfence() {}
-inline void __threadfence_block() {}
 template <typename T>
 inline T __ldg(const T* address) {
   return *address;

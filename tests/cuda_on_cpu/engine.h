@@ -106,7 +106,7 @@ struct Engine {
   Launch launch;
   std::map<uintptr_t, size_t> ranges;
   Order order;
-  std::minstd_rand random;
+  std::mt19937 random;
 
   uint32_t blocks, ready;  // blocks of the cluster, and the set of those that may run
   uint32_t live;           // threads of the cluster
@@ -129,7 +129,7 @@ struct Engine {
   uint32_t pick(uint32_t set) {
     if (order == Order::kForward) return __builtin_ctz(set);
     if (order == Order::kReverse) return 31 - __builtin_clz(set);
-    const uint32_t turn = random() >> 8 & 31;
+    const uint32_t turn = random() & 31;
     return (__builtin_ctz(set >> turn | set << (-turn & 31)) + turn) & 31;
   }
 

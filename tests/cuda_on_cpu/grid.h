@@ -113,8 +113,8 @@ inline cudaError_t Engine::run(const Launch& what) {
 
 // The grid on the calling OS thread.
 inline cudaError_t run(const Launch& launch) {
-  static thread_local Engine of_this_thread;
-  engine = &of_this_thread;
+  static thread_local const std::unique_ptr<Engine> of_this_thread(new Engine);
+  engine = of_this_thread.get();
   return engine->run(launch);
 }
 

@@ -107,8 +107,8 @@ inline void wait_at_cluster_barrier(const Site& site) {
   me.cluster_barrier = ClusterBarrier::kOutside;
 }
 
-// The end of a thread. When the last one of a block exits, nobody may read the block's shared memory any
-// more.
+// The end of a thread. With the last one of a block its shared memory becomes inaccessible: in a cluster
+// another block must not read it any more.
 [[noreturn]] inline void exit_thread() {
   Thread& me = *current;
   Block& block = *me.block;
