@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu_build import build_package
+from cuda_on_cpu_build import build_package, needs_gcc
 from torch import Tensor
 
 EMULATED = os.environ.get("MIXCE_TEST_BACKEND") == "cuda"
@@ -34,7 +34,7 @@ FILES = (
 INHERITED = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "MIXCE_"))}
 
 # One worker builds the package, and runs all orders with it.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("cuda_on_cpu")]
+pytestmark = [needs_gcc, pytest.mark.slow, pytest.mark.xdist_group("cuda_on_cpu")]
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from cuda_on_cpu_build import EMULATION, compile_program
+from cuda_on_cpu_build import EMULATION, compile_program, needs_gcc
 
+pytestmark = needs_gcc
 ORDERS = ("forward", "reverse", "shuffled:7")
 TWINS = ("correct", "faulty", "correct again")
 
