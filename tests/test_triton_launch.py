@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from mixce_kernels.triton_kernels.launch import VECTOR_BYTES, row_config, tile_config
+from mixce_kernels.triton_kernels.launch import MAX_CTAS, VECTOR_BYTES, row_config, tile_config
 
 VOCAB_SIZES = (1, 7, 32, 1000, 4096, 4097, 16384, 16385, 32000, 50257, 128256, 256000, 1_000_000)
 
@@ -16,33 +16,59 @@ VOCAB_SIZES = (1, 7, 32, 1000, 4096, 4097, 16384, 16385, 32000, 50257, 128256, 2
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("with_stats", [False, True])
+@pytest.mark.parametrize("max_ctas", [1, MAX_CTAS])
 def test_row_config_is_a_launch(
-    vocab_size: int, itemsize: int, with_grad: bool, with_stats: bool, warp_size: int
+    vocab_size: int, itemsize: int, with_grad: bool, with_stats: bool, warp_size: int, max_ctas: int
 ) -> None:
-    config = row_config(vocab_size, itemsize, with_grad, with_stats, warp_size)
+    config = row_config(vocab_size, itemsize, with_grad, with_stats, False, warp_size, max_ctas)
     assert config.lanes == config.num_warps * warp_size
-    assert config.num_warps * warp_size <= 1024
+    assert config.lanes <= 512
     assert config.max_registers is None or config.max_registers * config.lanes <= 65536
     assert config.vector * itemsize == VECTOR_BYTES
-    # Edges are up to two vectors: each has a lane of its own.
-    assert config.lanes >= 2 * config.vector
-    assert config.one_block == (vocab_size <= config.block)
-    assert config.block & (config.block - 1) == 0
+    # Wherever a row begins, its body fits behind the first 16-byte boundary, and the rest holds what is left.
+    assert config.n_steps * config.step <= max(vocab_size - (config.vector - 1), 0)
+    assert config.rest >= vocab_size - config.n_steps * config.step
+    assert config.rest % (config.n_ctas * config.lanes) == 0
+    assert (config.rest & (config.rest - 1), config.stack & (config.stack - 1)) == (0, 0)
     # The running maximum costs at most 1/16 of an exponential a logit; in float64 registers are dearer.
-    assert vocab_size <= config.block or config.stack * config.vector >= (4 if itemsize == 8 else 16)
+    assert config.stack * config.vector >= (4 if itemsize == 8 else 16)
+    # Clusters are for held rows alone, and registers hold no more than 31 vectors a thread.
+    assert config.n_ctas <= max_ctas
+    assert config.n_ctas == 1 or config.held
+    assert with_grad or not config.held
+    assert not config.held or config.n_steps <= 31
+
+
+def test_which_rows_are_read_once() -> None:
+    """bfloat16 with a gradient: in a program, in a cluster where there are clusters, in twice the threads elsewhere."""
+
+    def shape(vocab_size: int, max_ctas: int, with_options: bool = False) -> tuple[bool, int, int]:
+        config = row_config(vocab_size, 2, True, False, with_options, max_ctas=max_ctas)
+        return config.held, config.n_ctas, config.num_warps
+
+    assert shape(32000, MAX_CTAS) == shape(32000, 1) == (True, 1, 4)
+    assert shape(50257, MAX_CTAS) == (True, 2, 4)
+    assert shape(128256, MAX_CTAS) == (True, 4, 4)
+    assert shape(262144, MAX_CTAS) == (True, 8, 4)
+    assert shape(50257, 1) == (True, 1, 8)
+    assert shape(128256, 1) == shape(1_000_000, MAX_CTAS) == shape(50257, MAX_CTAS, True) == (False, 1, 4)
 
 
 @pytest.mark.parametrize("warp_size", [32, 64])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
-@pytest.mark.parametrize("n_rows", [1, 8, 1024, 100_000])
+@pytest.mark.parametrize("n_rows", [1, 8, 64, 1024, 100_000])
 def test_tiles_cover_the_row_once(n_rows: int, vocab_size: int, itemsize: int, warp_size: int) -> None:
     config = tile_config(n_rows, vocab_size, itemsize, warp_size)
-    assert config.n_tiles * config.tile_size >= vocab_size
-    assert (config.n_tiles - 1) * config.tile_size < vocab_size
-    assert config.tile_size % config.block == 0
-    assert config.block % config.step == 0
-    assert config.step == config.num_warps * warp_size * config.vector
+    step = config.lanes * config.vector
+    assert config.lanes == config.num_warps * warp_size
+    assert config.n_tiles * config.tile_steps >= config.n_steps
+    # The last tile alone ends with the body, and takes the rest.
+    assert (config.n_tiles - 1) * config.tile_steps < max(config.n_steps, 1)
+    assert config.tile_steps % config.stack == 0
+    assert config.n_steps * step <= max(vocab_size - (config.vector - 1), 0)
+    assert config.rest >= vocab_size - config.n_steps * step
+    assert config.rest % config.lanes == 0
 
 
 def test_many_rows_take_a_program_each_and_few_are_split() -> None:

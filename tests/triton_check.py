@@ -25,7 +25,9 @@ def upstream_of(targets: Tensor) -> Tensor:
     return torch.linspace(-2.0, 3.0, targets.numel()).reshape(targets.shape)
 
 
-def check(logits: Tensor, targets: Tensor, eta: float = 0.3, *, extra_ulps: int = 0, **keywords: object) -> None:
+def check(
+    logits: Tensor, targets: Tensor, eta: float | Tensor = 0.3, *, extra_ulps: int = 0, **keywords: object
+) -> None:
     """Holds the loss and the gradient of logits [..., V], read where they lie, to the rule."""
     options = {name: keywords[name] for name in Options._fields if name in keywords}
     upstream = upstream_of(targets)

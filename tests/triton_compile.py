@@ -19,8 +19,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from mixce_kernels.triton_kernels import kernels
-from mixce_kernels.triton_kernels.launch import row_config, tile_config
+from mixce_kernels.triton_kernels import forward, gradient
+from mixce_kernels.triton_kernels.launch import MAX_CTAS, row_config, tile_config
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -52,8 +52,9 @@ def variants(name: str) -> list[tuple[str, Variant]]:
     result = []
     for dtype, target in dtypes_and_targets:
         for flags in choices:
-            # With a gradient: rows that stay in registers (8000) and rows that do not.
-            for vocab_size in (8000, 50257) if flags[-1] and (name == "all" or target == "sm_90") else (50257,):
+            # With a gradient: rows that one program holds, that a cluster holds (or two reads serve), and two reads.
+            sizes = (8000, 50257, 128256, 1_000_000) if name == "all" else (8000, 50257)
+            for vocab_size in sizes if flags[-1] else (50257,):
                 result.append((target, Variant("forward", dtype, vocab_size, flags)))
         for cap in (False, True):
             result.append((target, Variant("logits_grad", dtype, flags=(cap, *none[1:]))))
@@ -65,19 +66,24 @@ def variants(name: str) -> list[tuple[str, Variant]]:
 def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
     """The kernel as a launch would compile it, no address, size or stride known to be a multiple of anything."""
     target = TARGETS[target_name]
-    function = getattr(kernels, f"{variant.kernel}_kernel")
+    function = getattr(forward if variant.kernel == "forward" else gradient, f"{variant.kernel}_kernel")
     itemsize = ITEMSIZES[variant.dtype]
     real = "fp64" if variant.dtype == "fp64" else "fp32"
     constants: dict[str, Any] = dict(zip(FLAGS, variant.flags, strict=True)) | {"SAME_WINDOW": variant.same_window}
     if variant.kernel == "forward":
-        row = row_config(variant.vocab_size, itemsize, constants["HAS_GRAD"], constants["STATS"], target.warp_size)
-        constants |= {"STACK": row.stack, "LANES": row.lanes, "VECTOR": row.vector, "ONE_BLOCK": row.one_block}
-        options = {"num_warps": row.num_warps}
+        max_ctas = MAX_CTAS if target.backend == "cuda" and target.arch >= 90 and variant.same_window else 1
+        with_grad, with_stats = constants["HAS_GRAD"], constants["STATS"]
+        with_options = constants["CAP"] or constants["SMOOTH"]
+        row = row_config(variant.vocab_size, itemsize, with_grad, with_stats, with_options, target.warp_size, max_ctas)
+        constants |= {"STACK": row.stack, "LANES": row.lanes, "VECTOR": row.vector, "REST": row.rest}
+        constants |= {"CTAS": row.n_ctas, "HELD": row.n_steps if row.held and variant.same_window else None}
+        constants["PTX"] = target.backend == "cuda"
+        options = {"num_warps": row.num_warps, "num_ctas": row.n_ctas}
         if row.max_registers is not None:
             options["maxnreg"] = row.max_registers
     else:
         tile = tile_config(4096, variant.vocab_size, itemsize, target.warp_size)
-        constants |= {"BLOCK": tile.block, "STEP": tile.step, "VECTOR": tile.vector}
+        constants |= {"STACK": tile.stack, "LANES": tile.lanes, "VECTOR": tile.vector, "REST": tile.rest}
         options = {"num_warps": tile.num_warps}
 
     pointers = {"logits_ptr": variant.dtype, "grad_ptr": variant.dtype, "targets_ptr": "i64", "correct_ptr": "i1"}

@@ -7,13 +7,14 @@ import functools
 import math
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixce_kernels.backends.rows import Rows, flat, rows_of
 from mixce_kernels.options import TokenOptions
-from mixce_kernels.triton_kernels.launch import VECTOR_BYTES, row_config, tile_config
+from mixce_kernels.triton_kernels.launch import MAX_CTAS, VECTOR_BYTES, row_config, tile_config
 
 _WARP_SIZE = 64 if torch.version.hip else 32
 
@@ -26,7 +27,7 @@ def unavailable(logits: Tensor) -> str | None:
     elif logits.device.type != "cuda":
         return f"it runs on CUDA and ROCm tensors, and the logits are on {logits.device}"
     try:
-        _kernels()
+        _forward_kernel()
     except ImportError as error:
         return f"Triton cannot be imported ({error})"
     return None
@@ -53,9 +54,12 @@ def forward(
     upstream, upstream_stride = (loss, 0) if grad_loss is None else flat(grad_loss)
     vocab_size = logits.shape[-1]
     with_stats = stats.dim() > 1
-    config = row_config(vocab_size, logits.element_size(), has_grad, with_stats, _WARP_SIZE)
     with _device_of(logits):
-        _kernels().forward_kernel[(rows.number,)](
+        max_ctas, is_ptx = _target() if has_grad and same_window else (1, False)
+        with_options = options.softcap is not None or options.label_smoothing > 0
+        config = row_config(vocab_size, logits.element_size(), has_grad, with_stats, with_options, _WARP_SIZE, max_ctas)
+        partial = loss.new_empty((rows.number, 6, config.n_ctas)) if config.n_ctas > 1 else loss
+        _forward_kernel()[(rows.number,)](
             logits,
             targets.contiguous(),
             eta_entries,
@@ -65,8 +69,10 @@ def forward(
             correct,
             upstream,
             out,
+            partial,
             rows.number,
             vocab_size,
+            config.n_steps,
             rows.inner,
             rows.outer_stride,
             rows.inner_stride,
@@ -86,11 +92,15 @@ def forward(
             SMOOTH=options.label_smoothing > 0,
             STATS=with_stats,
             SAME_WINDOW=same_window,
-            ONE_BLOCK=config.one_block and same_window,
+            HELD=config.n_steps if config.held and same_window else None,
+            CTAS=config.n_ctas,
             STACK=config.stack,
             LANES=config.lanes,
             VECTOR=config.vector,
+            REST=config.rest,
+            PTX=is_ptx,
             num_warps=config.num_warps,
+            num_ctas=config.n_ctas,
             **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
         )
 
@@ -112,7 +122,7 @@ def logits_grad(
     vocab_size = logits.shape[-1]
     config = tile_config(rows.number, vocab_size, logits.element_size(), _WARP_SIZE)
     with _device_of(logits):
-        _kernels().logits_grad_kernel[(rows.number * config.n_tiles,)](
+        _gradient_kernels().logits_grad_kernel[(rows.number * config.n_tiles,)](
             logits,
             targets.contiguous(),
             state.contiguous(),
@@ -120,6 +130,7 @@ def logits_grad(
             out,
             rows.number,
             vocab_size,
+            config.n_steps,
             rows.inner,
             rows.outer_stride,
             rows.inner_stride,
@@ -129,13 +140,14 @@ def logits_grad(
             upstream_stride,
             options.ignore_index,
             config.n_tiles,
-            config.tile_size,
+            config.tile_steps,
             *_transform(options),
             CAP=options.softcap is not None,
             SAME_WINDOW=same_window,
-            BLOCK=config.block,
-            STEP=config.step,
+            STACK=config.stack,
+            LANES=config.lanes,
             VECTOR=config.vector,
+            REST=config.rest,
             num_warps=config.num_warps,
         )
 
@@ -149,27 +161,47 @@ def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
     vocab_size = grad_logits.shape[-1]
     config = tile_config(rows.number, vocab_size, grad_logits.element_size(), _WARP_SIZE)
     with _device_of(grad_logits):
-        _kernels().scale_rows_kernel[(rows.number * config.n_tiles,)](
+        _gradient_kernels().scale_rows_kernel[(rows.number * config.n_tiles,)](
             grad_logits,
             upstream,
             vocab_size,
+            config.n_steps,
             rows.inner,
             rows.outer_stride,
             rows.inner_stride,
             upstream_stride,
             config.n_tiles,
-            config.tile_size,
-            BLOCK=config.block,
+            config.tile_steps,
+            LANES=config.lanes,
             VECTOR=config.vector,
+            REST=config.rest,
             num_warps=config.num_warps,
         )
 
 
 @functools.cache
-def _kernels() -> ModuleType:
-    from mixce_kernels.triton_kernels import kernels
+def _forward_kernel() -> Any:
+    from mixce_kernels.triton_kernels.forward import forward_kernel
 
-    return kernels
+    return forward_kernel
+
+
+@functools.cache
+def _gradient_kernels() -> ModuleType:
+    from mixce_kernels.triton_kernels import gradient
+
+    return gradient
+
+
+def _target() -> tuple[int, bool]:
+    """How many programs may share a row, 1 without thread-block clusters, and whether kernels compile to PTX."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return 1, False
+    from triton.runtime import driver
+
+    target = driver.active.get_current_target()
+    is_ptx = target.backend == "cuda"
+    return MAX_CTAS if is_ptx and target.arch >= 90 else 1, is_ptx
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

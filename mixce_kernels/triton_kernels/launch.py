@@ -4,86 +4,128 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The widest access there is: the fewest instructions a byte.
 VECTOR_BYTES = 16
-# Logits a thread holds at once: enough loads in flight, one exponential for the running maximum to so many, no spills.
-_PER_THREAD = {2: 32, 4: 32, 8: 4}
-# A row's last block wastes less, and its threads synchronise less, in a small program; rows are many.
-_ROW_WARPS = 4
-# With a gradient: up to here the whole row stays in registers, beyond it few rows at a time share L2.
-_ONE_BLOCK_WARPS = 16
-_GRAD_WARPS = 8
-_TILE_WARPS = 8
-# Enough programs to fill any GPU several times over; more of them would only repeat the reading of a row's terms.
-_TILE_PROGRAMS = 2048
+# Blocks of a cluster: every GPU with clusters can run 8.
+MAX_CTAS = 8
+# Vectors a thread has in flight, to hide memory's latency: one exponential for the running maximum to so many logits.
+_STACK = {2: 4, 4: 8, 8: 2}
+# A row's rest is less than a step, so a small program has less of it, and its threads synchronise less.
+_WARPS = 4
+# A held row without a cluster: twice the threads have twice the registers.
+_WIDE_WARPS = 8
+# Below so many steps the rest would be most of the row: a smaller program has more steps.
+_MIN_STEPS = 4
+# Vectors of a held row in a thread's registers: 124 of the 255, with no spills. A multiprocessor has registers for two
+# programs of 128 threads then: one loads while the other computes.
+_MAX_HELD = 31
+# A softcap, statistics or label smoothing need registers of their own, and their code is too much for Triton's pass
+# "plan CTA", which gives up after 10000 steps: no clusters.
+_MAX_HELD_WITH_OPTIONS = 4
+# Two programs for a multiprocessor with few rows; more of them would only repeat the reading of a row's terms.
+_TILE_PROGRAMS = 256
 _REGISTERS = 65536  # of an NVIDIA multiprocessor
 
 
 @dataclass(frozen=True)
 class RowConfig:
-    """One program a row: blocks of stack * lanes * vector logits, a lane to a thread."""
+    """A row for each program, or for each cluster of `n_ctas` programs: `n_steps` of its body and a rest of `rest`.
+
+    A thread is a lane and takes `stack` vectors at once. A held row, with its gradient, stays in registers.
+    """
 
     stack: int
     lanes: int
     vector: int
     num_warps: int
-    one_block: bool
+    n_ctas: int
+    n_steps: int
+    rest: int
+    held: bool
     max_registers: int | None
 
     @property
-    def block(self) -> int:
-        """Logits in a block."""
-        return self.stack * self.lanes * self.vector
+    def step(self) -> int:
+        """Logits in a step."""
+        return self.n_ctas * self.lanes * self.vector
 
 
 @dataclass(frozen=True)
 class TileConfig:
-    """`n_tiles` programs a row: each takes `tile_size` logits in blocks of `block`, and the rest in steps of `step`."""
+    """`n_tiles` programs a row: each takes `tile_steps` of the `n_steps` of its body, the last one the rest, too."""
 
     n_tiles: int
-    tile_size: int
-    block: int
-    step: int
+    tile_steps: int
+    n_steps: int
+    rest: int
+    stack: int
+    lanes: int
     vector: int
     num_warps: int
 
 
 def row_config(
-    vocab_size: int, itemsize: int, with_grad: bool, with_stats: bool = False, warp_size: int = 32
+    vocab_size: int,
+    itemsize: int,
+    with_grad: bool,
+    with_stats: bool = False,
+    with_options: bool = False,
+    warp_size: int = 32,
+    max_ctas: int = 1,
 ) -> RowConfig:
-    """The launch of the forward kernel.
+    """The launch of the forward kernel; `with_options` says whether there is a softcap or label smoothing.
 
-    With a gradient and a row that fits the registers of one program, the row is read once.
+    With a gradient and a row that fits the registers of a program or a cluster, the row is read once.
     """
     vector = VECTOR_BYTES // itemsize
-    max_stack = _PER_THREAD[itemsize] // vector
-    num_warps, stack = _smallest(
-        vocab_size, vector, max_stack, _ONE_BLOCK_WARPS if with_grad else _ROW_WARPS, warp_size
-    )
-    one_block = vocab_size <= stack * num_warps * warp_size * vector
-    if with_grad and not one_block:
-        num_warps = _GRAD_WARPS
+    num_warps = _warps(vocab_size, vector, warp_size)
+    n_ctas, held = 1, False
+    if with_grad:
+        if with_stats or with_options:
+            max_ctas = 1
+        max_held = _MAX_HELD_WITH_OPTIONS if with_stats or with_options else _MAX_HELD
+        shapes = [(num_warps, 1), (_WARPS, 1)]
+        shapes += [(_WARPS, ctas) for ctas in (2, 4, 8) if ctas <= max_ctas] or [(_WIDE_WARPS, 1)]
+        for warps, ctas in shapes:
+            if _steps(vocab_size, ctas * warps * warp_size * vector, vector) <= max_held:
+                num_warps, n_ctas, held = warps, ctas, True
+                break
     lanes = num_warps * warp_size
+    step = n_ctas * lanes * vector
+    n_steps = _steps(vocab_size, step, vector)
+    rest = _rest(vocab_size, n_steps * step, n_ctas * lanes)
     # With statistics ptxas would sooner spill a few registers than run fewer programs at once, unless told a number.
     max_registers = min(255, _REGISTERS // lanes) if with_stats and warp_size == 32 else None
-    return RowConfig(stack, lanes, vector, num_warps, one_block, max_registers)
+    return RowConfig(_STACK[itemsize], lanes, vector, num_warps, n_ctas, n_steps, rest, held, max_registers)
 
 
 def tile_config(n_rows: int, vocab_size: int, itemsize: int, warp_size: int = 32) -> TileConfig:
     """The launch of the kernels without a sum over the row: tiles of a row are programs of their own."""
     vector = VECTOR_BYTES // itemsize
-    num_warps, stack = _smallest(vocab_size, vector, _PER_THREAD[itemsize] // vector, _TILE_WARPS, warp_size)
-    step = num_warps * warp_size * vector
-    block = stack * step
-    n_blocks = -(-vocab_size // block)
+    num_warps = _warps(vocab_size, vector, warp_size)
+    lanes = num_warps * warp_size
+    step = lanes * vector
+    stack = _STACK[itemsize]
+    n_steps = _steps(vocab_size, step, vector)
+    n_blocks = max(-(-n_steps // stack), 1)
     blocks_per_tile = -(-n_blocks // min(n_blocks, -(-_TILE_PROGRAMS // n_rows)))
-    return TileConfig(-(-n_blocks // blocks_per_tile), blocks_per_tile * block, block, step, vector, num_warps)
+    n_tiles = -(-n_blocks // blocks_per_tile)
+    rest = _rest(vocab_size, n_steps * step, lanes)
+    return TileConfig(n_tiles, blocks_per_tile * stack, n_steps, rest, stack, lanes, vector, num_warps)
 
 
-def _smallest(vocab_size: int, vector: int, max_stack: int, max_warps: int, warp_size: int) -> tuple[int, int]:
-    """Warps and vectors a thread of the smallest block that holds the row, or of the largest block."""
-    num_warps, stack = 1, 1
-    while stack * num_warps * warp_size * vector < vocab_size and stack < max_stack:
-        stack *= 2
-    while stack * num_warps * warp_size * vector < vocab_size and num_warps < max_warps:
-        num_warps *= 2
-    return num_warps, stack
+def _steps(vocab_size: int, step: int, vector: int) -> int:
+    """Whole steps after a row's first 16-byte boundary, wherever that is."""
+    return max(vocab_size - (vector - 1), 0) // step
+
+
+def _rest(vocab_size: int, body_size: int, lanes: int) -> int:
+    """The tile that holds what is left beside the body, at least an element a lane."""
+    return max(1 << (vocab_size - body_size - 1).bit_length(), lanes)
+
+
+def _warps(vocab_size: int, vector: int, warp_size: int) -> int:
+    num_warps = _WARPS
+    while num_warps > 1 and _steps(vocab_size, num_warps * warp_size * vector, vector) < _MIN_STEPS:
+        num_warps //= 2
+    return num_warps

@@ -59,3 +59,9 @@ def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, label_smoothing, 
     # expm1: q - 1 has no digits left for q near 1, the tokens that the mixture weighs most.
     t = weight * (expm1(-nll.to(real)) + label_smoothing) - c + tl.where(z_loss > 0.0, z_slope * q, 0.0)
     return loss, nll, q, weight, lse, a, c, t
+
+
+@triton.jit
+def as_real(value, dtype: tl.constexpr):
+    """A float argument as a scalar of `dtype`; the interpreter hands it over as a Python number, which has no `.to`."""
+    return (value + tl.full((), 0.0, dtype)).to(dtype)

@@ -1,0 +1,214 @@
+"""The forward kernel: the loss of each row of logits, and its gradient where asked for."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mixce_kernels.triton_kernels.lanes import add_body, add_rest, empty_lanes, exchange, merge_lanes
+from mixce_kernels.triton_kernels.math import as_real, capped, token_terms
+from mixce_kernels.triton_kernels.rows import (
+    converted_anew,
+    fill_zeros,
+    grad_of,
+    grad_terms,
+    head_of,
+    held_tiles,
+    rest_of,
+    row_begin,
+    row_grad,
+    tile_index,
+)
+from mixce_kernels.triton_kernels.runtime import kernel
+
+
+@triton.jit
+def store_row(ptr, value, CTAS: tl.constexpr):
+    """Stores a row's value [CTAS, 1] once."""
+    cta = tl.arange(0, CTAS)[:, None]
+    tl.store(ptr + 0 * cta, value, mask=cta == 0)
+
+
+@triton.jit
+def per_lane(terms, LANES: tl.constexpr):
+    """A row's terms [CTAS, 1] for each lane [CTAS, 1, LANES, 1].
+
+    The sum with a zero that Triton does not see through makes it change the layout of these few numbers, not of tiles.
+    """
+    zero = tl.minimum(tl.arange(0, LANES), 0)[None, :].to(terms[0].dtype)
+    m, log2_sum, k, c, t = terms
+    return (
+        (m + zero)[:, None, :, None], (log2_sum + zero)[:, None, :, None], (k + zero)[:, None, :, None],
+        (c + zero)[:, None, :, None], (t + zero)[:, None, :, None],
+    )  # fmt: skip
+
+
+@kernel
+def forward_kernel(
+    logits_ptr,  # [N, V] as rows
+    targets_ptr,  # [N]
+    eta_ptr,  # [N], where HAS_ETA
+    loss_ptr,  # [N]
+    state_ptr,  # [5, N]
+    stats_ptr,  # [5, N], where STATS
+    correct_ptr,  # [N], where STATS
+    grad_loss_ptr,  # [N], where HAS_GRAD
+    grad_ptr,  # [N, V] as rows, where HAS_GRAD
+    partial_ptr,  # [N, 6, CTAS], where CTAS > 1
+    n_rows: tl.int64,
+    vocab_size: tl.int32,
+    n_steps: tl.int32,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    grad_inner: tl.int32,
+    grad_outer_stride: tl.int64,
+    grad_inner_stride: tl.int64,
+    eta_stride: tl.int64,
+    grad_loss_stride: tl.int64,
+    ignore_index: tl.int64,
+    eta_value: tl.float64,
+    label_smoothing: tl.float64,
+    z_loss: tl.float64,
+    diff_scale: tl.float64,
+    cap: tl.float64,
+    tanh_scale: tl.float64,
+    logit_scale: tl.float64,
+    HAS_ETA: tl.constexpr,
+    HAS_GRAD: tl.constexpr,
+    CAP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    STATS: tl.constexpr,
+    SAME_WINDOW: tl.constexpr,
+    HELD: tl.constexpr,  # n_steps where the row stays in registers, else None
+    CTAS: tl.constexpr,
+    STACK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    REST: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """One program, or cluster of CTAS programs, a row: reads V logits, writes 6 numbers, and with HAS_GRAD V gradients.
+
+    Pass 1 reads the row, the epilogue makes the token's terms, pass 2 reads the row again, from L2; with HELD it finds
+    the row in registers.
+    """
+    STEP: tl.constexpr = CTAS * LANES * VECTOR
+    BLOCK: tl.constexpr = STACK * STEP
+    row = tl.program_id(0)
+    loss_ptr += row
+    state_ptr += row
+    stats_ptr += row
+    correct_ptr += row
+    target = tl.load(targets_ptr + row).to(tl.int64)
+    if HAS_GRAD:
+        grad_ptr += row_begin(row, grad_inner, grad_outer_stride, grad_inner_stride)
+    if target == ignore_index:
+        tl.store(loss_ptr, 0.0)
+        for i in tl.static_range(5):
+            tl.store(state_ptr + i * n_rows, 0.0)
+        if STATS:
+            for i in tl.static_range(5):
+                tl.store(stats_ptr + i * n_rows, 0.0)
+            tl.store(correct_ptr, False)
+        if HAS_GRAD:
+            fill_zeros(grad_ptr, vocab_size, n_steps, 0, n_steps, CTAS, LANES, VECTOR, REST)
+        return
+
+    real: tl.constexpr = loss_ptr.dtype.element_ty
+    dtype: tl.constexpr = logits_ptr.dtype.element_ty
+    diff_scale = as_real(diff_scale, tl.float64)
+    rate = (diff_scale * 1.4426950408889634).to(real)
+    transform = (rate, as_real(cap, real), as_real(tanh_scale, real))
+    logits_ptr += row_begin(row, inner, outer_stride, inner_stride)
+    known = (target >= 0) & (target < vocab_size)
+    target_column = tl.where(known, target, -1).to(tl.int32)
+    x_target = tl.load(logits_ptr + target_column, mask=known, other=0.0).to(real)
+
+    # Pass 1.
+    head = head_of(logits_ptr, VECTOR)
+    rest, in_rest = rest_of(head, n_steps * STEP, vocab_size, (CTAS, REST // (CTAS * LANES), LANES, 1))
+    x_rest = tl.load(logits_ptr + rest, mask=in_rest, other=float("-inf"))
+    lanes = empty_lanes(CTAS, LANES, real)
+    in_block = tile_index((CTAS, STACK, LANES, VECTOR))
+    in_step = tile_index((CTAS, 1, LANES, VECTOR))
+    if HELD is None:
+        body_ptr = tl.multiple_of(logits_ptr + head, 16)
+        n_blocks = n_steps // STACK
+        for block in range(n_blocks):
+            x = tl.load(body_ptr + block * BLOCK + in_block)
+            columns = head + block * BLOCK + in_block
+            lanes = add_body(lanes, x, columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
+        for step in range(n_blocks * STACK, n_steps):
+            x = tl.load(body_ptr + step * STEP + in_step)
+            columns = head + step * STEP + in_step
+            lanes = add_body(lanes, x, columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
+    else:
+        N_BLOCKS: tl.constexpr = HELD // STACK
+        tiles = held_tiles(logits_ptr, head, HELD, (CTAS, STACK, LANES, VECTOR))
+        for i in tl.static_range(N_BLOCKS):
+            columns = head + i * BLOCK + in_block
+            lanes = add_body(lanes, tiles[i], columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
+        for i in tl.static_range(N_BLOCKS, N_BLOCKS + HELD % STACK):
+            columns = head + N_BLOCKS * BLOCK + (i - N_BLOCKS) * STEP + in_step
+            lanes = add_body(lanes, tiles[i], columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
+    lanes = add_rest(lanes, x_rest, rest, in_rest, target_column, x_target, transform, SMOOTH, CAP, STATS)
+    lanes = merge_lanes(lanes, rate, SMOOTH, STATS)
+    if CTAS > 1:
+        lanes = exchange(lanes, partial_ptr + row * (6 * CTAS), CTAS, LANES, SMOOTH, STATS)
+        lanes = merge_lanes(lanes, rate, SMOOTH, STATS)
+
+    # Epilogue.
+    m, sum_exp, sum_shifted, sum_exp_shifted, _, beaten = lanes
+    s = tl.where(known, tl.log(sum_exp), float("nan")).to(tl.float64)
+    mean_shifted = tl.full((), 0.0, tl.float64)
+    if SMOOTH:
+        mean_shifted = diff_scale * (sum_shifted.to(tl.float64) / vocab_size)
+    z_target = x_target
+    if CAP:
+        z_target, _ = capped(x_target, transform[1], transform[2])
+    eta = as_real(eta_value, tl.float64)
+    if HAS_ETA:
+        eta = tl.load(eta_ptr + row * eta_stride).to(tl.float64)
+    loss, nll, q, weight, lse, a, c, t = token_terms(
+        diff_scale * m, s, diff_scale * (z_target.to(tl.float64) - m), mean_shifted, eta, vocab_size,
+        as_real(label_smoothing, tl.float64), as_real(z_loss, tl.float64), real,
+    )  # fmt: skip
+    store_row(loss_ptr, loss, CTAS)
+    store_row(state_ptr, m, CTAS)
+    store_row(state_ptr + n_rows, s, CTAS)
+    store_row(state_ptr + 2 * n_rows, a, CTAS)
+    store_row(state_ptr + 3 * n_rows, c, CTAS)
+    store_row(state_ptr + 4 * n_rows, t, CTAS)
+    if STATS:
+        store_row(stats_ptr, nll, CTAS)
+        store_row(stats_ptr + n_rows, q, CTAS)
+        store_row(stats_ptr + 2 * n_rows, weight, CTAS)
+        store_row(stats_ptr + 3 * n_rows, lse, CTAS)
+        store_row(stats_ptr + 4 * n_rows, s - diff_scale * (sum_exp_shifted / sum_exp), CTAS)
+        store_row(correct_ptr, (beaten == 0) & (nll == nll), CTAS)
+
+    # Pass 2.
+    if HAS_GRAD:
+        grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride).to(real)
+        state = (m, s.to(real), a.to(real), c.to(real), t.to(real))
+        terms = grad_terms(state, grad_loss, as_real(logit_scale, real))
+        if HELD is None:
+            row_grad(
+                logits_ptr, grad_ptr, vocab_size, n_steps, 0, n_steps, target_column, terms, transform,
+                CAP, SAME_WINDOW, STACK, LANES, VECTOR, REST,
+            )  # fmt: skip
+        else:
+            terms = per_lane(terms, LANES)
+            body_ptr = tl.multiple_of(grad_ptr + head, 16)
+            for i in tl.static_range(N_BLOCKS):
+                x = converted_anew(tiles[i], PTX)
+                grad = grad_of(x, head + i * BLOCK, BLOCK, in_block, target_column, terms, transform, CAP)
+                tl.store(body_ptr + i * BLOCK + in_block, grad.to(dtype), cache_modifier=".cs")
+            for i in tl.static_range(N_BLOCKS, N_BLOCKS + HELD % STACK):
+                begin = N_BLOCKS * BLOCK + (i - N_BLOCKS) * STEP
+                x = converted_anew(tiles[i], PTX)
+                grad = grad_of(x, head + begin, STEP, in_step, target_column, terms, transform, CAP)
+                tl.store(body_ptr + begin + in_step, grad.to(dtype), cache_modifier=".cs")
+            grad = grad_of(x_rest, 0, vocab_size, rest, target_column, terms, transform, CAP)
+            tl.store(grad_ptr + rest, grad.to(dtype), mask=in_rest)

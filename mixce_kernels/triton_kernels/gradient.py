@@ -1,0 +1,125 @@
+"""The kernels without a sum over the row: the gradient, and the scaling of a gradient's rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mixce_kernels.triton_kernels.math import as_real
+from mixce_kernels.triton_kernels.rows import fill_zeros, grad_terms, head_of, rest_of, row_begin, row_grad, tile_index
+from mixce_kernels.triton_kernels.runtime import kernel
+
+
+@triton.jit
+def broadcast(values, i: tl.constexpr):
+    """Entry i of values [32]."""
+    return tl.sum(tl.where(tl.arange(0, 32) == i, values, 0), axis=0)
+
+
+@kernel
+def logits_grad_kernel(
+    logits_ptr,  # [N, V] as rows
+    targets_ptr,  # [N]
+    state_ptr,  # [5, N]
+    grad_loss_ptr,  # [N]
+    grad_ptr,  # [N, V] as rows
+    n_rows: tl.int64,
+    vocab_size: tl.int32,
+    n_steps: tl.int32,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    grad_inner: tl.int32,
+    grad_outer_stride: tl.int64,
+    grad_inner_stride: tl.int64,
+    grad_loss_stride: tl.int64,
+    ignore_index: tl.int64,
+    n_tiles: tl.int32,
+    tile_steps: tl.int32,
+    diff_scale: tl.float64,
+    cap: tl.float64,
+    tanh_scale: tl.float64,
+    logit_scale: tl.float64,
+    CAP: tl.constexpr,
+    SAME_WINDOW: tl.constexpr,
+    STACK: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """One program a tile of a row: reads and writes each of its logits once.
+
+    Rows are taken in the reverse of the forward's order: its last rows may still be in L2.
+    """
+    program = tl.program_id(0)
+    row = (n_rows - 1 - program // n_tiles).to(tl.int32)
+    first_step = program % n_tiles * tile_steps
+    end_step = tl.minimum(first_step + tile_steps, n_steps)
+    target = tl.load(targets_ptr + row).to(tl.int64)
+    grad_ptr += row_begin(row, grad_inner, grad_outer_stride, grad_inner_stride)
+    if target == ignore_index:
+        fill_zeros(grad_ptr, vocab_size, n_steps, first_step, end_step, 1, LANES, VECTOR, REST)
+        return
+
+    real: tl.constexpr = state_ptr.dtype.element_ty
+    # A scalar is loaded by every thread; of these vectors each warp loads an entry a thread, and broadcasts it.
+    i = tl.arange(0, 32)
+    values = tl.load(state_ptr + row + i * n_rows, mask=i < 5, other=0.0)
+    grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride + 0 * i, mask=i == 0, other=0.0).to(real)
+    state = (
+        broadcast(values, 0),
+        broadcast(values, 1),
+        broadcast(values, 2),
+        broadcast(values, 3),
+        broadcast(values, 4),
+    )
+    terms = grad_terms(state, broadcast(grad_loss, 0), as_real(logit_scale, real))
+    rate = (as_real(diff_scale, tl.float64) * 1.4426950408889634).to(real)
+    transform = (rate, as_real(cap, real), as_real(tanh_scale, real))
+    known = (target >= 0) & (target < vocab_size)
+    target_column = tl.where(known, target, -1).to(tl.int32)
+    logits_ptr += row_begin(row, inner, outer_stride, inner_stride)
+    row_grad(
+        logits_ptr, grad_ptr, vocab_size, n_steps, first_step, end_step, target_column, terms, transform,
+        CAP, SAME_WINDOW, STACK, LANES, VECTOR, REST,
+    )  # fmt: skip
+
+
+@kernel
+def scale_rows_kernel(
+    grad_ptr,  # [N, V] as rows
+    grad_loss_ptr,  # [N]
+    vocab_size: tl.int32,
+    n_steps: tl.int32,
+    inner: tl.int32,
+    outer_stride: tl.int64,
+    inner_stride: tl.int64,
+    grad_loss_stride: tl.int64,
+    n_tiles: tl.int32,
+    tile_steps: tl.int32,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    REST: tl.constexpr,
+):
+    """One program a tile of a row: reads and writes it, or nothing where the row's factor is 1."""
+    STEP: tl.constexpr = LANES * VECTOR
+    program = tl.program_id(0)
+    row = program // n_tiles
+    first_step = program % n_tiles * tile_steps
+    end_step = tl.minimum(first_step + tile_steps, n_steps)
+    factor = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    if factor == 1.0:
+        return
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    factor = factor.to(tl.float64 if dtype == tl.float64 else tl.float32)
+    grad_ptr += row_begin(row, inner, outer_stride, inner_stride)
+    head = head_of(grad_ptr, VECTOR)
+    body_ptr = tl.multiple_of(grad_ptr + head, 16)
+    for step in range(first_step, end_step):
+        step_ptr = body_ptr + step * STEP + tile_index((1, 1, LANES, VECTOR))
+        grad = tl.load(step_ptr).to(factor.dtype) * factor
+        tl.store(step_ptr, grad.to(dtype), cache_modifier=".cs")
+    if end_step == n_steps:
+        rest, in_rest = rest_of(head, n_steps * STEP, vocab_size, (1, REST // LANES, LANES, 1))
+        grad = tl.load(grad_ptr + rest, mask=in_rest).to(factor.dtype) * factor
+        tl.store(grad_ptr + rest, grad.to(dtype), mask=in_rest)

@@ -1,0 +1,184 @@
+"""Pass 1 over a row of logits: its statistics.
+
+Each thread is a lane with statistics of its own, which are merged at the row's end. They travel as tuples of tensors
+[CTAS, LANES], or [CTAS, 1] for a row, as every program of a cluster knows it:
+
+    m                the largest (capped) logit
+    sum_exp          of exp(z - m)
+    sum_shifted      of z - m, where SMOOTH
+    sum_exp_shifted  of exp(z - m) * (z - m), where STATS
+    count            of logits, where SMOOTH
+    beaten           of logits that come before the target, where STATS
+"""
+
+import triton
+import triton.language as tl
+
+from mixce_kernels.triton_kernels.math import capped
+
+
+@triton.jit
+def empty_lanes(CTAS: tl.constexpr, LANES: tl.constexpr, dtype: tl.constexpr):
+    """Statistics of no logits."""
+    zeros = tl.zeros((CTAS, LANES), dtype)
+    return zeros - float("inf"), zeros, zeros, zeros, zeros, tl.zeros((CTAS, LANES), tl.int32)
+
+
+@triton.jit
+def lane_sum(values):
+    """[CTAS, STACK, LANES, VECTOR] to [CTAS, LANES]: within a thread where LANES is a program's number of threads."""
+    return tl.sum(tl.sum(values, axis=3), axis=1)
+
+
+@triton.jit
+def finite(m):
+    """What logits are taken relative to: before the first finite logit any finite number will do."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def tile_max(z):
+    """The lanes' largest of a tile."""
+    return tl.max(tl.max(z, axis=3), axis=1)
+
+
+@triton.jit
+def tile_lanes(
+    x,
+    z,  # of x, capped where asked for; -inf where not valid
+    m,  # [CTAS, LANES], no less than the lanes' largest z
+    columns,
+    valid,  # None: all of them
+    target_column,
+    x_target,
+    rate,
+    SMOOTH: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    """The statistics of one tile."""
+    d = z - finite(m)[:, None, :, None]
+    e = tl.exp2(d * rate)
+    sum_exp = lane_sum(e)
+    sum_shifted, sum_exp_shifted, count, beaten = sum_exp, sum_exp, sum_exp, sum_exp
+    if SMOOTH:
+        if valid is None:
+            sum_shifted = lane_sum(d)
+            count = tl.zeros_like(m) + x.shape[1] * x.shape[3]
+        else:
+            sum_shifted = lane_sum(tl.where(valid, d, 0.0))
+            count = lane_sum(valid.to(m.dtype))
+    if STATS:
+        sum_exp_shifted = lane_sum(e * tl.maximum(d, -1e30))
+        x = x.to(m.dtype)
+        beats = (x > x_target) | ((x == x_target) & (columns < target_column))
+        if valid is not None:
+            beats = beats & valid
+        beaten = lane_sum(beats.to(tl.int32))
+    return m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten
+
+
+@triton.jit
+def moved_lanes(lanes, m, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
+    """The same statistics relative to an m that is no less than theirs."""
+    m_lane, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = lanes
+    shift = m_lane - finite(m)
+    factor = tl.exp2(shift * rate)
+    if SMOOTH:
+        sum_shifted += tl.where(count == 0.0, 0.0, count * shift)
+    if STATS:
+        # A factor of 0 leaves nothing but a NaN, where shift * 0 is one.
+        moved = factor * (sum_exp_shifted + shift * sum_exp)
+        sum_exp_shifted = tl.where(factor == 0.0, 0.0 * sum_exp, moved)
+    return m, sum_exp * factor, sum_shifted, sum_exp_shifted, count, beaten
+
+
+@triton.jit
+def sum_of_lanes(first, second, SMOOTH: tl.constexpr, STATS: tl.constexpr):
+    """The statistics of both, relative to the same m."""
+    m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = first
+    if SMOOTH:
+        sum_shifted += second[2]
+        count += second[4]
+    if STATS:
+        sum_exp_shifted += second[3]
+        beaten += second[5]
+    return m, sum_exp + second[1], sum_shifted, sum_exp_shifted, count, beaten
+
+
+@triton.jit
+def add_body(
+    lanes, x, columns, target_column, x_target, transform,
+    SMOOTH: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """Pass 1 over a tile of the body. A lane has a running maximum: one exponential for it serves all its logits."""
+    z = x.to(lanes[0].dtype)
+    if CAP:
+        z, _ = capped(z, transform[1], transform[2])
+    m = tl.maximum(lanes[0], tile_max(z))
+    tile = tile_lanes(x, z, m, columns, None, target_column, x_target, transform[0], SMOOTH, STATS)
+    return sum_of_lanes(moved_lanes(lanes, m, transform[0], SMOOTH, STATS), tile, SMOOTH, STATS)
+
+
+@triton.jit
+def add_rest(
+    lanes, x, columns, valid, target_column, x_target, transform,
+    SMOOTH: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr,
+):  # fmt: skip
+    """Pass 1 over the rest, x being -inf where not valid.
+
+    Its statistics have its own maximum, so that Triton lays them out as the body's, not the tile.
+    """
+    z = x.to(lanes[0].dtype)
+    if CAP:
+        z, _ = capped(z, transform[1], transform[2])
+        z = tl.where(valid, z, float("-inf"))
+    tile = tile_lanes(x, z, tile_max(z), columns, valid, target_column, x_target, transform[0], SMOOTH, STATS)
+    m = tl.maximum(lanes[0], tile[0])
+    lanes = moved_lanes(lanes, m, transform[0], SMOOTH, STATS)
+    return sum_of_lanes(lanes, moved_lanes(tile, m, transform[0], SMOOTH, STATS), SMOOTH, STATS)
+
+
+@triton.jit
+def merge_lanes(lanes, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
+    """The statistics [CTAS, 1] of lanes [CTAS, LANES]."""
+    m = tl.max(lanes[0], axis=1)[:, None]
+    _, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = moved_lanes(lanes, m, rate, SMOOTH, STATS)
+    if SMOOTH:
+        sum_shifted = tl.sum(sum_shifted, axis=1)[:, None]
+        count = tl.sum(count, axis=1)[:, None]
+    if STATS:
+        sum_exp_shifted = tl.sum(sum_exp_shifted, axis=1)[:, None]
+        beaten = tl.sum(beaten, axis=1)[:, None]
+    return m, tl.sum(sum_exp, axis=1)[:, None], sum_shifted, sum_exp_shifted, count, beaten
+
+
+@triton.jit
+def exchange(lanes, partial_ptr, CTAS: tl.constexpr, LANES: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr):
+    """Every program's statistics [CTAS, 1] as lanes [CTAS, LANES] of each, through memory."""
+    m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = lanes
+    out = partial_ptr + tl.arange(0, CTAS)[:, None]
+    tl.store(out, m)
+    tl.store(out + CTAS, sum_exp)
+    if SMOOTH:
+        tl.store(out + 2 * CTAS, sum_shifted)
+        tl.store(out + 3 * CTAS, count)
+    if STATS:
+        tl.store(out + 4 * CTAS, sum_exp_shifted)
+        tl.store(out + 5 * CTAS, beaten.to(m.dtype))
+    # Triton has no barrier of a cluster. Release and acquire order the stores above and the loads below.
+    tl.inline_asm_elementwise(
+        "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;",
+        "=r", [], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    i = tl.zeros((CTAS, LANES), tl.int32) + tl.arange(0, LANES)[None, :]
+    valid = i < CTAS
+    m = tl.load(partial_ptr + i, mask=valid, other=float("-inf"), cache_modifier=".cg")
+    sum_exp = tl.load(partial_ptr + CTAS + i, mask=valid, other=0.0, cache_modifier=".cg")
+    sum_shifted, count, sum_exp_shifted, beaten = sum_exp, sum_exp, sum_exp, i
+    if SMOOTH:
+        sum_shifted = tl.load(partial_ptr + 2 * CTAS + i, mask=valid, other=0.0, cache_modifier=".cg")
+        count = tl.load(partial_ptr + 3 * CTAS + i, mask=valid, other=0.0, cache_modifier=".cg")
+    if STATS:
+        sum_exp_shifted = tl.load(partial_ptr + 4 * CTAS + i, mask=valid, other=0.0, cache_modifier=".cg")
+        beaten = tl.load(partial_ptr + 5 * CTAS + i, mask=valid, other=0.0, cache_modifier=".cg").to(tl.int32)
+    return m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten
