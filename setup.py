@@ -1,7 +1,7 @@
 """Builds `mixce_kernels._C` with ninja: no torch header, no torch library. Metadata is in pyproject.toml.
 
-Environment: CXX, the C++ compiler; MIXCE_BUILD_CUDA, 1 or 0: with the CUDA kernels or without, by default with them where
-nvcc is found; MIXCE_CUDA_ARCHS, their architectures; MIXCE_CUDART, static or shared.
+Environment: CXX, the C++ compiler; MIXCE_BUILD_CUDA, 1 or 0: with CUDA kernels or without, by default with them where
+nvcc is found (CUDA_HOME names its toolkit); MIXCE_CUDA_ARCHS, their architectures; MIXCE_CUDART, static or shared.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class NinjaBuild(build_ext):
                 return
             except (OSError, subprocess.CalledProcessError) as error:
                 if os.environ.get("MIXCE_BUILD_CUDA") == "1":
-                    raise SystemExit(f"mixce_kernels was asked for CUDA kernels, and cannot compile them ({error})") from None
+                    raise SystemExit(f"mixce_kernels cannot compile its CUDA kernels, as asked for ({error})") from None
                 self.warn(
-                    f"mixce_kernels is installed without its CUDA kernels, because they could not be compiled ({error}). "
-                    "The backend 'cuda' does not work, the others do; MIXCE_BUILD_CUDA=0 leaves them out on purpose."
+                    f"mixce_kernels is installed without CUDA kernels, because they could not be compiled ({error}). "
+                    "The backend 'cuda' does not work, the others do; MIXCE_BUILD_CUDA=0 leaves it out on purpose."
                 )
         try:
             self.compile(output, None)
@@ -126,7 +126,7 @@ def find_nvcc() -> str | None:
 
 
 def gencodes() -> list[str]:
-    """nvcc's flags for MIXCE_CUDA_ARCHS: machine code for each architecture, and PTX too for one with +PTX."""
+    """Flags for the architectures of MIXCE_CUDA_ARCHS: machine code for each, and PTX too for one with +PTX."""
     flags = []
     for arch in os.environ.get("MIXCE_CUDA_ARCHS", CUDA_ARCHS).split(";"):
         parts = re.fullmatch(r"(\d+[af]?)(\+PTX)?", arch)

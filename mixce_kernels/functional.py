@@ -77,7 +77,7 @@ def fused_mixce_loss(
         return_stats: also return the tokens' statistics, from the same pass.
         validate: check the values of targets and of a tensor eta, synchronising with a GPU. On the CPU targets are
             always checked.
-        backend: "cpu", "triton" or "reference"; None picks the best that can serve, or `MIXCE_BACKEND` of the
+        backend: "cpu", "cuda", "triton" or "reference"; None picks the best that can serve, or `MIXCE_BACKEND` of the
             environment.
 
     Returns:

@@ -1,7 +1,8 @@
 """Runs nvcc's PTX of the CUDA kernels on CPU tensors; test_cuda_ptx.py sets the scene.
 
-On PYTHONPATH are ptx_on_cpu and the package, built with MIXCE_CUDA_ARCHS=90+PTX and MIXCE_CUDART=shared. Every kernel runs in three orders of its
-threads, its results are held to the oracle, and each access to memory must lie in a tensor that was handed over.
+On PYTHONPATH are ptx_on_cpu and the package, built with MIXCE_CUDA_ARCHS=90+PTX and MIXCE_CUDART=shared. Every kernel
+runs in three orders of its threads, its results are held to the oracle, and each access to memory must lie in a tensor
+that was handed over.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def test_module_checks_eta(eta: float) -> None:
 
 def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """By argument or by the environment."""
-    with pytest.raises(ValueError, match=r"expected backend to be one of reference, cpu, triton, cuda or None, got 'gpu'"):
+    with pytest.raises(ValueError, match=r"expected backend to be one of reference, cpu, triton, cuda.*got 'gpu'"):
         fused_mixce_loss(logits(), targets(), backend="gpu")
     monkeypatch.setenv("MIXCE_BACKEND", "tpu")
     with pytest.raises(ValueError, match="got 'tpu'"):

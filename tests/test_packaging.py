@@ -15,13 +15,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("build", reason="needs the extra 'test'")
 pytest.importorskip("pybind11", reason="needs the extra 'test'")
 ninja = pytest.importorskip("ninja", reason="needs the extra 'test'")
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("csrc", "mixce_kernels", "tests", "benchmarks", "examples")
+FOLDERS = ("csrc", "docs", "mixce_kernels", "tests", "benchmarks", "examples")
 
 BUILD = (sys.executable, "setup.py", "build", "--build-temp", "temp", "--build-lib", "lib")
 
@@ -29,6 +30,8 @@ needs_compiler = pytest.mark.skipif(
     not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
 )
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files and /proc")
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+CUDA = {"MIXCE_BUILD_CUDA": "1", "MIXCE_CUDA_ARCHS": "80"} if shutil.which("nvcc") else {}
 # One group: the tests share a build.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
@@ -56,7 +59,8 @@ def run(*command: str | Path, cwd: Path, returncode: int = 0, **environment: str
     done = subprocess.run(
         list(map(str, command)),
         cwd=cwd,
-        env={**os.environ, **environment},
+        # Without CUDA unless asked for: its compiler takes its time.
+        env={**os.environ, "MIXCE_BUILD_CUDA": "0", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -66,11 +70,12 @@ def run(*command: str | Path, cwd: Path, returncode: int = 0, **environment: str
     return done.stdout
 
 
-def use(target: Path, backend: str, returncode: int = 0) -> str:
+def use(target: Path, backend: str, returncode: int = 0, **environment: str) -> str:
     """What USE says of the package installed in `target`."""
     # -S: an editable installation of the environment that runs the tests must not lend its extension.
     path = os.pathsep.join([str(target), sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
-    return run(sys.executable, "-S", "-c", USE, backend, cwd=target, returncode=returncode, PYTHONPATH=path)
+    command = (sys.executable, "-S", "-c", USE, backend)
+    return run(*command, cwd=target, returncode=returncode, PYTHONPATH=path, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +106,9 @@ def sdist_and_wheel(copy_tree: Callable[[], Path]) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def built(copy_tree: Callable[[], Path]) -> Path:
-    """A tree in which BUILD ran: objects in temp/, the package in lib/."""
+    """A tree in which BUILD ran, with CUDA where there is nvcc: objects in temp/, the package in lib/."""
     tree = copy_tree()
-    run(*BUILD, cwd=tree)
+    run(*BUILD, cwd=tree, **CUDA)
     return tree
 
 
@@ -171,7 +176,7 @@ def test_without_a_compiler_the_package_installs_and_says_so(
 def test_rebuild_follows_every_header(built: Path) -> None:
     ninja_says = (Path(ninja.BIN_DIR) / "ninja", "-C", built / "temp", "-n")
     assert "no work to do" in run(*ninja_says, cwd=built)
-    headers = sorted((built / "csrc").rglob("*.h"))
+    headers = sorted(path for path in (built / "csrc").rglob("*.*h") if CUDA or "cuda" not in path.parts)
     assert headers
     for header in headers:
         before = header.stat()
@@ -186,7 +191,7 @@ def test_rebuild_follows_every_header(built: Path) -> None:
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])
 def test_no_weak_symbol_leaves_a_simd_unit(isa: str, built: Path) -> None:
     """The linker keeps one of several weak copies for all: one made of AVX-512 would crash other machines."""
-    symbols = run("nm", "--defined-only", built / "temp" / f"row_kernels_{isa}.o", cwd=built)
+    symbols = run("nm", "--defined-only", built / "temp" / f"row_kernels_{isa}.cpp.o", cwd=built)
     assert not re.findall(r"^\S+ [WVu] .+$", symbols, re.MULTILINE)
 
 
@@ -197,3 +202,68 @@ def test_a_failing_rebuild_leaves_no_stale_extension(built: Path) -> None:
     assert list((tree / "lib").rglob("_C.*.so"))
     assert "installed without its native extension" in run(*BUILD, cwd=tree, CXX="false")
     assert not list((tree / "lib").rglob("_C.*.so"))
+
+
+@needs_compiler
+@needs_nvcc
+@linux_only
+def test_cuda_extension_imports_without_a_gpu(built: Path) -> None:
+    (library,) = (built / "lib" / "mixce_kernels").glob("_C.*.so")
+    needed = re.findall(r"NEEDED.*\[(.+)\]", run("readelf", "-d", library, cwd=built))
+    assert not [name for name in needed if re.search("torch|c10|cuda|python", name)], needed
+    # The CUDA runtime inside must not be taken for another's.
+    exported = run("nm", "-D", "--defined-only", library, cwd=built)
+    assert "PyInit__C" in exported
+    assert not re.search("cuda", exported, re.IGNORECASE), exported
+    assert f"package {built / 'lib'}" in use(built / "lib", "cpu")
+    if torch.cuda.is_available():
+        return
+    refusal = "RuntimeError: backend 'cuda' cannot serve this call: it runs on CUDA tensors, and the logits are on cpu"
+    assert refusal in use(built / "lib", "cuda", returncode=1)
+    # Even where CPU tensors may pass, a device is missing.
+    said = use(built / "lib", "cuda", returncode=1, MIXCE_CPU_TENSORS="1")
+    assert re.search("RuntimeError: backend 'cuda' cannot serve this call: asking for .* the device failed: .*", said)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("environment", "sentence"),
+    [
+        ({"MIXCE_BUILD_CUDA": "yes"}, "expected MIXCE_BUILD_CUDA to be 0 or 1, got 'yes'"),
+        ({"MIXCE_BUILD_CUDA": "1"}, "expected nvcc in {home}/bin for MIXCE_BUILD_CUDA=1, got none"),
+        ({"MIXCE_CUDA_ARCHS": "80;hopper"}, "expected MIXCE_CUDA_ARCHS as in '80;90;100;120+PTX', got 'hopper' in it"),
+        ({"MIXCE_CUDART": "none"}, "expected MIXCE_CUDART to be static or shared, got 'none'"),
+    ],
+)
+def test_wrong_build_knobs(
+    environment: dict[str, str], sentence: str, copy_tree: Callable[[], Path], tmp_path: Path
+) -> None:
+    compiler = tmp_path / "bin" / "nvcc"
+    if "MIXCE_BUILD_CUDA" not in environment:
+        compiler.parent.mkdir()
+        compiler.write_text("#!/bin/sh\nexit 1\n")
+        compiler.chmod(0o755)
+    settings = {"CUDA_HOME": str(tmp_path), "MIXCE_BUILD_CUDA": "", **environment}
+    said = run(*BUILD, cwd=copy_tree(), returncode=1, **settings)
+    assert said.splitlines()[-1].startswith(sentence.format(home=tmp_path)), said
+    assert "Traceback" not in said
+
+
+@needs_compiler
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_cuda_compiler_that_fails(asked_for: bool, copy_tree: Callable[[], Path], tmp_path: Path) -> None:
+    """The rest of the package is installed all the same, unless CUDA was asked for."""
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text("#!/bin/sh\nexit 1\n")
+    compiler.chmod(0o755)
+    tree = copy_tree()
+    settings = {"CUDA_HOME": str(tmp_path), "MIXCE_BUILD_CUDA": "1" if asked_for else ""}
+    said = run(*BUILD, cwd=tree, returncode=int(asked_for), **settings)
+    if asked_for:
+        assert said.splitlines()[-1].startswith("mixce_kernels cannot compile its CUDA kernels, as asked for"), said
+        return
+    assert "mixce_kernels is installed without CUDA kernels, because they could not be compiled" in said
+    use(tree / "lib", "cpu")
+    refusal = "RuntimeError: backend 'cuda' cannot serve this call: the native extension was built without CUDA"
+    assert refusal in use(tree / "lib", "cuda", returncode=1)

@@ -1,5 +1,4 @@
 #include "cuda_backend.h"
-
 #include "launch.h"
 #include "row_kernels.cuh"
 
@@ -111,7 +110,8 @@ void cuda_logits_grad(const RowParams& params, const CudaLaunch& launch) {
 void cuda_scale_rows(const RowParams& params, const CudaLaunch& launch) {
   const LaunchConfig config = config_of(params, launch, 1, launch.shared_bytes);
   with_type(params.dtype, [&](auto tag) {
-    mixce::launch(scale_rows_kernel<typename decltype(tag)::Type>, config, params, Launch{launch.parts, nullptr});
+    mixce::launch(scale_rows_kernel<typename decltype(tag)::Type>, config, params,
+                  Launch{launch.parts, nullptr});
   });
 }
 

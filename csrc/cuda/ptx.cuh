@@ -13,8 +13,8 @@ __device__ __forceinline__ unsigned char* shared_memory() {
   return mixce_shared_memory;
 }
 
-// A kernel's parameters, read where the kernel begins. Left to itself the compiler reads some of them later, through an
-// address of the parameter space in a register.
+// A kernel's parameters, read where the kernel begins. Left to itself the compiler reads some of them later,
+// through an address of the parameter space in a register.
 template <typename Params>
 __device__ __forceinline__ Params read_at_entry(const Params& params) {
   constexpr int kWords = sizeof(Params) / sizeof(uint64_t);
@@ -48,8 +48,8 @@ __device__ __forceinline__ void store_streaming(void* to, uint4 v) {
                : "memory");
 }
 
-// 16 aligned bytes from global to shared memory behind the thread's back, past L1 and the registers, kOffset bytes
-// behind both addresses.
+// 16 aligned bytes from global to shared memory behind the thread's back, past L1 and the registers, kOffset
+// bytes behind both addresses.
 template <int kOffset = 0>
 __device__ __forceinline__ void copy_async(void* to_shared, const void* from_global) {
   const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(to_shared));

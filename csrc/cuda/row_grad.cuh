@@ -42,9 +42,9 @@ struct Gradient {
 // Where they do, a vector is cut out of two aligned ones of the logits.
 template <typename T>
 struct Window {
-  Body<T> body;          // of the gradient; narrower where a vector would reach out of the row of logits
-  const uint4* logits;   // the aligned vector that holds the first number of the body's first vector
-  int shift;             // bytes from its begin to that number
+  Body<T> body;         // of the gradient; narrower where a vector would reach out of the row of logits
+  const uint4* logits;  // the aligned vector that holds the first number of the body's first vector
+  int shift;            // bytes from its begin to that number
 
   // The vector kOffset bytes behind the one at `from`, one of the body's.
   template <int kOffset>
@@ -87,8 +87,10 @@ __device__ __forceinline__ void write_vectors(uint4* to, const uint4* from, cons
   to += walk.first, from += walk.first;
   for (; walk.groups > 0; --walk.groups) {
     uint4 group[kGroup];
-    unroll<kGroup>([&](auto j) { group[j.value] = load(from, std::integral_constant<int, j.value * kVectorStep>()); });
-    unroll<kGroup>([&](auto j) { ptx::store_streaming<j.value * kVectorStep>(to, gradient(group[j.value])); });
+    unroll<kGroup>(
+        [&](auto j) { group[j.value] = load(from, std::integral_constant<int, j.value * kVectorStep>()); });
+    unroll<kGroup>(
+        [&](auto j) { ptx::store_streaming<j.value * kVectorStep>(to, gradient(group[j.value])); });
     to += kGroup * kThreads, from += kGroup * kThreads;
   }
   for (; walk.rest > 0; --walk.rest) {
@@ -97,12 +99,12 @@ __device__ __forceinline__ void write_vectors(uint4* to, const uint4* from, cons
   }
 }
 
-// The edges, and at last the target's gradient by the thread that wrote in its place before, which needs no barrier.
-// A target of -1 is none.
+// The edges, and at last the target's gradient by the thread that wrote in its place before, which needs no
+// barrier. A target of -1 is none.
 template <typename T, typename Gradient>
 __device__ __forceinline__ void write_edges_and_target(T* grad, const T* logits, const Body<T>& body,
-                                                       const Share& share, const Gradient& gradient, int target,
-                                                       T at_target) {
+                                                       const Share& share, const Gradient& gradient,
+                                                       int target, T at_target) {
   const unsigned thread = threadIdx.x;
   int edge = -1;
   if (share.edges && static_cast<int>(thread) < body.edges) {
@@ -113,9 +115,10 @@ __device__ __forceinline__ void write_edges_and_target(T* grad, const T* logits,
   // Differences wrap where the target comes first.
   const unsigned in_body = target - body.begin;
   const unsigned in_share = in_body / Format<T>::kWidth - share.first;
-  const bool mine = in_body < static_cast<unsigned>(body.end - body.begin)
-                        ? in_share < static_cast<unsigned>(share.last - share.first) && in_share % kThreads == thread
-                        : edge == target;
+  const bool mine =
+      in_body < static_cast<unsigned>(body.end - body.begin)
+          ? in_share < static_cast<unsigned>(share.last - share.first) && in_share % kThreads == thread
+          : edge == target;
   if (mine) grad[target] = at_target;
 }
 
@@ -127,12 +130,14 @@ __device__ __forceinline__ void write_row(T* grad, const T* logits, int vocab_si
   const Share share = share_of(window.body.count, part, parts);
   uint4* const to = reinterpret_cast<uint4*>(grad + window.body.begin);
   if (window.shift == 0) {
-    write_vectors<kUnroll<T>>(to, window.logits, share,
-                  [](const uint4* from, auto offset) { return ptx::load_streaming<offset.value>(from); }, gradient);
+    write_vectors<kUnroll<T>>(
+        to, window.logits, share,
+        [](const uint4* from, auto offset) { return ptx::load_streaming<offset.value>(from); }, gradient);
   } else {
-    write_vectors<kUnroll<T>>(to, window.logits, share,
-                  [&](const uint4* from, auto offset) { return window.template load_shifted<offset.value>(from); },
-                  gradient);
+    write_vectors<kUnroll<T>>(
+        to, window.logits, share,
+        [&](const uint4* from, auto offset) { return window.template load_shifted<offset.value>(from); },
+        gradient);
   }
   write_edges_and_target(grad, logits, window.body, share, gradient, target, at_target);
 }
@@ -142,8 +147,9 @@ template <typename T, typename Gradient>
 __device__ __forceinline__ void write_row_from_shared(T* grad, const T* logits, const uint4* held,
                                                       const Body<T>& body, const Share& share,
                                                       const Gradient& gradient, int target, T at_target) {
-  write_vectors<kUnroll<T>>(reinterpret_cast<uint4*>(grad + body.begin), held - share.first, share,
-                [](const uint4* from, auto offset) { return from[offset.value / sizeof(uint4)]; }, gradient);
+  write_vectors<kUnroll<T>>(
+      reinterpret_cast<uint4*>(grad + body.begin), held - share.first, share,
+      [](const uint4* from, auto offset) { return from[offset.value / sizeof(uint4)]; }, gradient);
   write_edges_and_target(grad, logits, body, share, gradient, target, at_target);
 }
 

@@ -1,6 +1,8 @@
-// The kernels. A block of kThreads takes a row or one of `parts` shares of it; its terms are made by one thread.
+// The kernels. A block of kThreads takes a row or one of `parts` shares of it; its terms are made by one
+// thread.
 #pragma once
 
+#include "epilogue.cuh"
 #include "row_grad.cuh"
 
 namespace mixce {
@@ -14,11 +16,13 @@ struct Launch {
   void* partials;  // [N, parts] Partials of a forward whose rows are split without a cluster, else null
 };
 
-// Blocks that must fit a multiprocessor. Left to itself the compiler sooner spills a few registers than gives up a block.
-// Five leave 48 registers a thread, enough for one plain pass; three leave 80, for two passes, a softcap or
-// moments; float64 gets 128.
+// Blocks that must fit a multiprocessor. Left to itself the compiler sooner spills a few registers than gives
+// up a block. Five leave 48 registers a thread, enough for one plain pass; three leave 80, for two passes, a
+// softcap or moments; float64 gets 128.
 template <typename T, bool kPlain>
-constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 2 : kPlain ? 5 : 3;
+constexpr int kMinBlocks = sizeof(T) == sizeof(double) ? 2
+                           : kPlain                    ? 5
+                                                       : 3;
 
 // What a block keeps in shared memory before the vectors it holds.
 template <typename Real>
@@ -27,33 +31,6 @@ struct alignas(16) SharedState {
   Partial<Real> block;
   GradTerms<Real> terms;
 };
-
-__device__ __forceinline__ int64_t row_offset(const RowLayout& layout, uint32_t row) {
-  const uint32_t inner = static_cast<uint32_t>(layout.inner);
-  return (row / inner) * layout.outer_stride + (row % inner) * layout.inner_stride;
-}
-
-// A value that one lane loads for its warp.
-template <typename Load>
-__device__ __forceinline__ auto loaded_once(Load load) {
-  decltype(load()) value{};
-  if (threadIdx.x % kWarpSize == 0) value = load();
-  return __shfl_sync(kAllLanes, value, 0);
-}
-
-// A row's target: ignored, or a column of the row, or none because it is out of range.
-struct Target {
-  bool ignored, known;
-  int column;  // -1 where not known
-};
-__device__ __forceinline__ Target target_of(const RowParams& p, uint32_t row) {
-  const int64_t target = loaded_once([&] {
-    return p.targets_int64 ? static_cast<const int64_t*>(p.targets)[row]
-                           : static_cast<int64_t>(static_cast<const int32_t*>(p.targets)[row]);
-  });
-  const bool known = target >= 0 && target < p.vocab_size;
-  return {target == p.ignore_index, known, known ? static_cast<int>(target) : -1};
-}
 
 // The gradient of an ignored row.
 template <typename T>
@@ -68,65 +45,9 @@ __device__ __forceinline__ void write_zeros(const RowParams& p, uint32_t row, in
   if (share.edges && threadIdx.x < body.edges) grad[body.edge(threadIdx.x)] = T{};
 }
 
-// A row's terms for pass 2 in the type of its arithmetic; the slope of the softcap at the target goes into t.
-template <bool kCap, typename Real>
-__device__ __forceinline__ GradTerms<Real> pass_2_terms(const RowParams& p, uint32_t row, const Real (&state)[5],
-                                                        Real x_target) {
-  const Real grad_loss = static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride];
-  const auto terms =
-      grad_terms<Real>(state[0], state[1], state[2], state[3], state[4], grad_loss, p.logit_scale);
-  Real t = static_cast<Real>(terms.t);
-  if constexpr (kCap) t *= capped(x_target, Softcap<Real>(p)).slope;
-  return {state[0], static_cast<Real>(terms.k), static_cast<Real>(terms.c), t};
-}
-
-// The epilogue of a row: its loss, statistics and state from pass 1, by one thread. Returns m, s, a, c, t.
-template <bool kCap, bool kMoments, typename Real>
-__device__ __forceinline__ void finish_row(const RowParams& p, const ForwardParams& f, uint32_t row,
-                                           const Partial<Real>& part, Real x_target, bool known, bool write,
-                                           Real (&state)[5]) {
-  Real z_target = x_target;
-  if constexpr (kCap) z_target = capped(x_target, Softcap<Real>(p)).value;
-  const double scale = scale_of_differences(p);
-  const double m = part.sums.m;
-  // A target out of range makes NaN of all that follows.
-  const double s = known ? static_cast<double>(log(part.sums.sum_exp)) : NAN;
-  const double mean_shifted = kMoments ? scale * part.sums.sum_shifted / p.vocab_size : 0;
-  const double eta = f.eta == nullptr ? f.eta_value : static_cast<const Real*>(f.eta)[row * f.eta_stride];
-  const auto terms = token_terms<double, Real>(scale * m, s, scale * (z_target - m), mean_shifted, eta,
-                                               p.vocab_size, {p.label_smoothing, p.z_loss});
-  state[0] = part.sums.m, state[1] = static_cast<Real>(s), state[2] = static_cast<Real>(terms.a);
-  state[3] = static_cast<Real>(terms.c), state[4] = static_cast<Real>(terms.t);
-  if (!write) return;
-  static_cast<Real*>(f.loss)[row] = static_cast<Real>(terms.loss);
-#pragma unroll
-  for (int i = 0; i < 5; ++i) static_cast<Real*>(p.state)[i * p.rows + row] = state[i];
-  if (kMoments && f.stats != nullptr) {
-    const double entropy = s - scale * part.sums.sum_exp_shifted / part.sums.sum_exp;
-    const double stats[5] = {terms.nll, terms.q, terms.weight, terms.lse, entropy};
-#pragma unroll
-    for (int i = 0; i < 5; ++i) {
-      static_cast<Real*>(f.stats)[i * p.rows + row] = static_cast<Real>(stats[i]);
-    }
-    f.correct[row] = !part.beaten && terms.nll == terms.nll;
-  }
-}
-
-// Results of an ignored row, all 0.
-template <typename Real>
-__device__ __forceinline__ void finish_ignored_row(const RowParams& p, const ForwardParams& f, uint32_t row) {
-  static_cast<Real*>(f.loss)[row] = 0;
-#pragma unroll
-  for (int i = 0; i < 5; ++i) static_cast<Real*>(p.state)[i * p.rows + row] = 0;
-  if (f.stats == nullptr) return;
-#pragma unroll
-  for (int i = 0; i < 5; ++i) static_cast<Real*>(f.stats)[i * p.rows + row] = 0;
-  f.correct[row] = false;
-}
-
 // Pass 1, epilogue and, with kPass2, pass 2. Reads each logit once, from shared memory or L2 a second time;
-// writes 6 numbers a row and the gradient. The blocks of a split row meet in distributed shared memory where they
-// are a cluster (with kPass2), else they leave their partials to merge_kernel.
+// writes 6 numbers a row and the gradient. The blocks of a split row meet in distributed shared memory where
+// they are a cluster (with kPass2), else they leave their partials to merge_kernel.
 template <typename T, bool kCap, bool kMoments, Pass2 kPass2>
 __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments && kPass2 == Pass2::kNone>))
     forward_kernel(const RowParams row_params, const ForwardParams forward_params, const Launch launch) {
@@ -185,7 +106,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
     ptx::cluster_wait();
     if (threadIdx.x < kWarpSize) {
       accumulator.part = merge_parts<kMoments>(
-          launch.parts, [&](int i) -> const auto& { return *ptx::in_cluster(&shared.block, i); }, accumulator.exponential);
+          launch.parts, [&](int i) -> const auto& { return *ptx::in_cluster(&shared.block, i); },
+          accumulator.exponential);
     }
     __syncwarp();
     ptx::cluster_arrive();  // no more need of the other blocks' shared memory
@@ -208,9 +130,11 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   const Gradient<T, kCap> gradient(p, terms);
   T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
   if constexpr (kPass2 == Pass2::kFromShared) {
-    write_row_from_shared(grad, logits, held, body, share, gradient, target.column, Format<T>::from_real(terms.t));
+    write_row_from_shared(grad, logits, held, body, share, gradient, target.column,
+                          Format<T>::from_real(terms.t));
   } else {
-    write_row(grad, logits, vocab_size, part, launch.parts, gradient, target.column, Format<T>::from_real(terms.t));
+    write_row(grad, logits, vocab_size, part, launch.parts, gradient, target.column,
+              Format<T>::from_real(terms.t));
   }
   if (cluster) ptx::cluster_wait();
 }
@@ -228,7 +152,8 @@ __global__ void __launch_bounds__(kWarpSize)
   const Partial<Real>* const partials =
       static_cast<const Partial<Real>*>(launch.partials) + static_cast<int64_t>(row) * launch.parts;
   const auto whole = merge_parts<kMoments>(
-      launch.parts, [&](int i) -> const auto& { return partials[i]; }, Exponential<Real>(scale_of_differences(p)));
+      launch.parts, [&](int i) -> const auto& { return partials[i]; },
+      Exponential<Real>(scale_of_differences(p)));
   if (threadIdx.x > 0) return;
   const T* const logits = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
   const Real x_target = target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
@@ -239,7 +164,8 @@ __global__ void __launch_bounds__(kWarpSize)
 // Pass 2 alone, from the state of the forward: reads and writes each logit once. Rows are taken in the
 // reverse of the forward's order: its last ones may still be in L2.
 template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap>)) logits_grad_kernel(const RowParams row_params, const Launch launch) {
+__global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap>))
+    logits_grad_kernel(const RowParams row_params, const Launch launch) {
   using Real = typename Format<T>::Real;
   const RowParams p = ptx::read_at_entry(row_params);
   const uint32_t row = static_cast<uint32_t>(p.rows) - 1 - blockIdx.x / launch.parts;
@@ -254,20 +180,21 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap>)) logits_grad_
     Real state[5];
 #pragma unroll
     for (int i = 0; i < 5; ++i) state[i] = static_cast<const Real*>(p.state)[i * p.rows + row];
-    // Only with a cap, and read before this block may write over it; what another block has written over is of
-    // no use to this one.
+    // Only with a cap, and read before this block may write over it; what another block has written over is
+    // of no use to this one.
     const Real x_target = kCap && target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
     shared = pass_2_terms<kCap>(p, row, state, x_target);
   }
   __syncthreads();
   const GradTerms<Real> terms = shared;
-  write_row(grad, logits, static_cast<int>(p.vocab_size), part, launch.parts, Gradient<T, kCap>(p, terms), target.column,
-            Format<T>::from_real(terms.t));
+  write_row(grad, logits, static_cast<int>(p.vocab_size), part, launch.parts, Gradient<T, kCap>(p, terms),
+            target.column, Format<T>::from_real(terms.t));
 }
 
 // Multiplies a row of the gradient by its factor in place; a factor of 1 leaves the row alone.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, (kMinBlocks<T, true>)) scale_rows_kernel(const RowParams row_params, const Launch launch) {
+__global__ void __launch_bounds__(kThreads, (kMinBlocks<T, true>))
+    scale_rows_kernel(const RowParams row_params, const Launch launch) {
   using F = Format<T>;
   using Real = typename F::Real;
   const RowParams p = ptx::read_at_entry(row_params);
@@ -287,7 +214,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, true>)) scale_rows_ke
       return F::from_real(F::to_real(value) * factor);
     }
   };
-  write_row<T>(grad, grad, static_cast<int>(p.vocab_size), blockIdx.x % launch.parts, launch.parts, scaled, -1, T{});
+  write_row<T>(grad, grad, static_cast<int>(p.vocab_size), blockIdx.x % launch.parts, launch.parts, scaled,
+               -1, T{});
 }
 
 }  // namespace mixce

@@ -5,13 +5,14 @@
 
 namespace mixce {
 
-// 256 threads: a multiprocessor holds eight such blocks, so that one's reduction hides behind the others'
-// loads, and a row of 32,000 logits still leaves a thread more of them than its share of the reduction costs.
+// 256 threads: a multiprocessor holds five such blocks of a plain pass or three of another, so that one's
+// reduction hides behind the others' loads, and a row of 32,000 logits still leaves a thread more of them than
+// its share of the reduction costs.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 // Vectors of a thread under way at once. Four are 16 KiB a block: two blocks cover the latency of an H100 (25
-// B/ns a multiprocessor for 700 ns). They also share one exponential for the running maximum: 1/32 a bfloat16.
-// Two of float64, whose exponentials need the registers.
+// B/ns a multiprocessor for 700 ns). They also share one exponential for the running maximum: 1/32 a
+// bfloat16. Two of float64, whose exponentials need the registers.
 template <typename T>
 constexpr int kUnroll = sizeof(T) == sizeof(double) ? 2 : 4;
 // Groups of vectors that are copied to shared memory ahead of the one in use.
@@ -150,7 +151,8 @@ __device__ __forceinline__ void walk_global(const uint4* vectors, const Share& s
 // The same by way of `held`, shared memory for the whole share, where the vectors stay. A thread reads only
 // what it copied itself, so no barrier is needed.
 template <int kGroup, typename Add>
-__device__ __forceinline__ void walk_and_hold(const uint4* vectors, const Share& share, uint4* held, Add add) {
+__device__ __forceinline__ void walk_and_hold(const uint4* vectors, const Share& share, uint4* held,
+                                              Add add) {
   Walk walk = walk_of<kGroup>(share);
   const uint4* from = vectors + walk.first;
   uint4* to = held + threadIdx.x;

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 #include <float.h>
+
 #include <ptx.cuh>
 #include <type_traits>
 
@@ -72,8 +73,8 @@ struct PairFormat {
     }
   }
   static __device__ __forceinline__ uint4 pack(const float (&x)[8]) {
-    return make_uint4(Pairs::pack_pair(x[0], x[1]), Pairs::pack_pair(x[2], x[3]), Pairs::pack_pair(x[4], x[5]),
-                      Pairs::pack_pair(x[6], x[7]));
+    return make_uint4(Pairs::pack_pair(x[0], x[1]), Pairs::pack_pair(x[2], x[3]),
+                      Pairs::pack_pair(x[4], x[5]), Pairs::pack_pair(x[6], x[7]));
   }
   static __device__ __forceinline__ float to_real(T x) { return Pairs::unpack_pair(x.bits).x; }
   static __device__ __forceinline__ T from_real(float x) {
@@ -83,11 +84,11 @@ struct PairFormat {
 
 template <>
 struct Format<BFloat16> : PairFormat<BFloat16, Format<BFloat16>> {
-  static __device__ __forceinline__ float2 unpack_pair(uint32_t pair) {
-    return ptx::unpack_bf16x2(pair);
-  }
+  static __device__ __forceinline__ float2 unpack_pair(uint32_t pair) { return ptx::unpack_bf16x2(pair); }
   static __device__ __forceinline__ uint32_t pack_pair(float a, float b) { return ptx::pack_bf16x2(a, b); }
-  static __device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) { return ptx::max_bf16x2(a, b); }
+  static __device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
+    return ptx::max_bf16x2(a, b);
+  }
 };
 
 template <>
@@ -188,7 +189,8 @@ struct Capped {
 };
 __device__ __forceinline__ Capped<float> capped(float x, const Softcap<float>& softcap) {
   const float u = softcap.tanh_scale * x;
-  // expm1(-2|u|) = 2^n * p * f + (2^n - 1), with n the nearest integer and 1 + p * f of least maximal error on
+  // expm1(-2|u|) = 2^n * p * f + (2^n - 1), with n the nearest integer and 1 + p * f of least maximal error
+  // on
   // [-1/2, 1/2]; tanh|u| = -expm1 / (expm1 + 2). The comparison lets a NaN pass.
   const float unbounded = fabsf(u) * -2.885390081777927f;
   const float t = unbounded < -127.0f ? -127.0f : unbounded;

@@ -42,8 +42,8 @@ class RowLaunch(NamedTuple):
 def rows_launch(n_rows: int, row_bytes: int, device: Device) -> RowLaunch:
     """The launch of kernels whose blocks need not meet, and of the forward alone.
 
-    A row is one block's work, since every block pays for a prologue, and for a reduction in the forward. Rows fewer than
-    the multiprocessors are split: into as few parts as leave the busiest multiprocessor the least.
+    A row is one block's work, since every block pays for a prologue, and for a reduction in the forward. Rows fewer
+    than the multiprocessors are split: into as few parts as leave the busiest multiprocessor the least.
     """
     if not 0 < n_rows < device.multiprocessors:
         return RowLaunch(1)
