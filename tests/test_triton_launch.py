@@ -16,11 +16,11 @@ VOCAB_SIZES = (1, 7, 32, 1000, 4096, 4097, 16384, 16385, 32000, 50257, 128256, 2
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("with_grad", [False, True])
 @pytest.mark.parametrize("with_stats", [False, True])
-@pytest.mark.parametrize("max_ctas", [1, MAX_CTAS])
+@pytest.mark.parametrize("arch", [0, 80, 90, 100])
 def test_row_config_is_a_launch(
-    vocab_size: int, itemsize: int, with_grad: bool, with_stats: bool, warp_size: int, max_ctas: int
+    vocab_size: int, itemsize: int, with_grad: bool, with_stats: bool, warp_size: int, arch: int
 ) -> None:
-    config = row_config(vocab_size, itemsize, with_grad, with_stats, False, warp_size, max_ctas)
+    config = row_config(vocab_size, itemsize, with_grad, with_stats, False, warp_size, arch)
     assert config.lanes == config.num_warps * warp_size
     assert config.lanes <= 512
     assert config.max_registers is None or config.max_registers * config.lanes <= 65536
@@ -33,7 +33,7 @@ def test_row_config_is_a_launch(
     # The running maximum costs at most 1/16 of an exponential a logit; in float64 registers are dearer.
     assert config.stack * config.vector >= (4 if itemsize == 8 else 16)
     # Clusters are for held rows alone, and registers hold no more than 31 vectors a thread.
-    assert config.n_ctas <= max_ctas
+    assert config.n_ctas <= (MAX_CTAS if arch >= 90 else 1)
     assert config.n_ctas == 1 or config.held
     assert with_grad or not config.held
     assert not config.held or config.n_steps <= 31
@@ -42,16 +42,16 @@ def test_row_config_is_a_launch(
 def test_which_rows_are_read_once() -> None:
     """bfloat16 with a gradient: in a program, in a cluster where there are clusters, in twice the threads elsewhere."""
 
-    def shape(vocab_size: int, max_ctas: int, with_options: bool = False) -> tuple[bool, int, int]:
-        config = row_config(vocab_size, 2, True, False, with_options, max_ctas=max_ctas)
+    def shape(vocab_size: int, arch: int, with_options: bool = False) -> tuple[bool, int, int]:
+        config = row_config(vocab_size, 2, True, False, with_options, arch=arch)
         return config.held, config.n_ctas, config.num_warps
 
-    assert shape(32000, MAX_CTAS) == shape(32000, 1) == (True, 1, 4)
-    assert shape(50257, MAX_CTAS) == (True, 2, 4)
-    assert shape(128256, MAX_CTAS) == (True, 4, 4)
-    assert shape(262144, MAX_CTAS) == (True, 8, 4)
-    assert shape(50257, 1) == (True, 1, 8)
-    assert shape(128256, 1) == shape(1_000_000, MAX_CTAS) == shape(50257, MAX_CTAS, True) == (False, 1, 4)
+    assert shape(32000, 90) == shape(32000, 80) == (True, 1, 4)
+    assert shape(50257, 90) == (True, 2, 4)
+    assert shape(128256, 90) == (True, 4, 4)
+    assert shape(262144, 90) == (True, 8, 4)
+    assert shape(50257, 80) == (True, 1, 8)
+    assert shape(128256, 80) == shape(1_000_000, 90) == shape(50257, 90, True) == (False, 1, 4)
 
 
 @pytest.mark.parametrize("warp_size", [32, 64])

@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from mixce_kernels.triton_kernels import forward, gradient
-from mixce_kernels.triton_kernels.launch import MAX_CTAS, row_config, tile_config
+from mixce_kernels.triton_kernels.launch import row_config, tile_config
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
@@ -46,14 +46,14 @@ def variants(name: str) -> list[tuple[str, Variant]]:
         choices = [none, every, *alone]
         dtypes_and_targets = list(itertools.product(ITEMSIZES, TARGETS))
     else:
-        choices = [none, every]
+        choices = [none, every, alone[-1]]
         dtypes_and_targets = [(dtype, "sm_90") for dtype in ITEMSIZES]
         dtypes_and_targets += [("bf16", target) for target in TARGETS if target != "sm_90"]
     result = []
     for dtype, target in dtypes_and_targets:
         for flags in choices:
             # With a gradient: rows that one program holds, that a cluster holds (or two reads serve), and two reads.
-            sizes = (8000, 50257, 128256, 1_000_000) if name == "all" else (8000, 50257)
+            sizes = (8000, 50257, 128256, 1_000_000) if name == "all" or target == "sm_90" else (50257,)
             for vocab_size in sizes if flags[-1] else (50257,):
                 result.append((target, Variant("forward", dtype, vocab_size, flags)))
         for cap in (False, True):
@@ -71,13 +71,13 @@ def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
     real = "fp64" if variant.dtype == "fp64" else "fp32"
     constants: dict[str, Any] = dict(zip(FLAGS, variant.flags, strict=True)) | {"SAME_WINDOW": variant.same_window}
     if variant.kernel == "forward":
-        max_ctas = MAX_CTAS if target.backend == "cuda" and target.arch >= 90 and variant.same_window else 1
+        arch = target.arch if target.backend == "cuda" and constants["HAS_GRAD"] else 0
         with_grad, with_stats = constants["HAS_GRAD"], constants["STATS"]
         with_options = constants["CAP"] or constants["SMOOTH"]
-        row = row_config(variant.vocab_size, itemsize, with_grad, with_stats, with_options, target.warp_size, max_ctas)
+        row = row_config(variant.vocab_size, itemsize, with_grad, with_stats, with_options, target.warp_size, arch)
         constants |= {"STACK": row.stack, "LANES": row.lanes, "VECTOR": row.vector, "REST": row.rest}
         constants |= {"CTAS": row.n_ctas, "HELD": row.n_steps if row.held and variant.same_window else None}
-        constants["PTX"] = target.backend == "cuda"
+        constants["PTX"] = arch > 0
         options = {"num_warps": row.num_warps, "num_ctas": row.n_ctas}
         if row.max_registers is not None:
             options["maxnreg"] = row.max_registers

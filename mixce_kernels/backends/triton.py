@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixce_kernels.backends.rows import Rows, flat, rows_of
 from mixce_kernels.options import TokenOptions
-from mixce_kernels.triton_kernels.launch import MAX_CTAS, VECTOR_BYTES, row_config, tile_config
+from mixce_kernels.triton_kernels.launch import VECTOR_BYTES, row_config, tile_config
 
 _WARP_SIZE = 64 if torch.version.hip else 32
 
@@ -55,9 +55,9 @@ def forward(
     vocab_size = logits.shape[-1]
     with_stats = stats.dim() > 1
     with _device_of(logits):
-        max_ctas, is_ptx = _target() if has_grad and same_window else (1, False)
+        arch = _arch() if has_grad and same_window else 0
         with_options = options.softcap is not None or options.label_smoothing > 0
-        config = row_config(vocab_size, logits.element_size(), has_grad, with_stats, with_options, _WARP_SIZE, max_ctas)
+        config = row_config(vocab_size, logits.element_size(), has_grad, with_stats, with_options, _WARP_SIZE, arch)
         partial = loss.new_empty((rows.number, 6, config.n_ctas)) if config.n_ctas > 1 else loss
         _forward_kernel()[(rows.number,)](
             logits,
@@ -98,7 +98,7 @@ def forward(
             LANES=config.lanes,
             VECTOR=config.vector,
             REST=config.rest,
-            PTX=is_ptx,
+            PTX=arch > 0,
             num_warps=config.num_warps,
             num_ctas=config.n_ctas,
             **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
@@ -193,15 +193,14 @@ def _gradient_kernels() -> ModuleType:
     return gradient
 
 
-def _target() -> tuple[int, bool]:
-    """How many programs may share a row, 1 without thread-block clusters, and whether kernels compile to PTX."""
+def _arch() -> int:
+    """NVIDIA's architecture that kernels are compiled for, 90 for sm_90; 0 elsewhere."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return 1, False
+        return 0
     from triton.runtime import driver
 
     target = driver.active.get_current_target()
-    is_ptx = target.backend == "cuda"
-    return MAX_CTAS if is_ptx and target.arch >= 90 else 1, is_ptx
+    return int(target.arch) if target.backend == "cuda" else 0
 
 
 def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -19,6 +19,8 @@ _MIN_STEPS = 4
 # Vectors of a held row in a thread's registers: 124 of the 255, with no spills. A multiprocessor has registers for two
 # programs of 128 threads then: one loads while the other computes.
 _MAX_HELD = 31
+# ptxas spills a few of them for later architectures.
+_MAX_HELD_SM_100 = 24
 # A softcap, statistics or label smoothing need registers of their own, and their code is too much for Triton's pass
 # "plan CTA", which gives up after 10000 steps: no clusters.
 _MAX_HELD_WITH_OPTIONS = 4
@@ -71,9 +73,11 @@ def row_config(
     with_stats: bool = False,
     with_options: bool = False,
     warp_size: int = 32,
-    max_ctas: int = 1,
+    arch: int = 0,
 ) -> RowConfig:
     """The launch of the forward kernel; `with_options` says whether there is a softcap or label smoothing.
+
+    `arch` is NVIDIA's, 90 for sm_90, and 0 elsewhere: clusters exist from 90 on.
 
     With a gradient and a row that fits the registers of a program or a cluster, the row is read once.
     """
@@ -81,9 +85,9 @@ def row_config(
     num_warps = _warps(vocab_size, vector, warp_size)
     n_ctas, held = 1, False
     if with_grad:
+        max_ctas, max_held = MAX_CTAS if arch >= 90 else 1, _MAX_HELD if arch < 100 else _MAX_HELD_SM_100
         if with_stats or with_options:
-            max_ctas = 1
-        max_held = _MAX_HELD_WITH_OPTIONS if with_stats or with_options else _MAX_HELD
+            max_ctas, max_held = 1, _MAX_HELD_WITH_OPTIONS
         shapes = [(num_warps, 1), (_WARPS, 1)]
         shapes += [(_WARPS, ctas) for ctas in (2, 4, 8) if ctas <= max_ctas] or [(_WIDE_WARPS, 1)]
         for warps, ctas in shapes:
@@ -94,8 +98,8 @@ def row_config(
     step = n_ctas * lanes * vector
     n_steps = _steps(vocab_size, step, vector)
     rest = _rest(vocab_size, n_steps * step, n_ctas * lanes)
-    # With statistics ptxas would sooner spill a few registers than run fewer programs at once, unless told a number.
-    max_registers = min(255, _REGISTERS // lanes) if with_stats and warp_size == 32 else None
+    # ptxas would sooner spill a few registers than run fewer programs at once, unless told a number.
+    max_registers = min(255, _REGISTERS // lanes) if (with_stats or held) and warp_size == 32 else None
     return RowConfig(_STACK[itemsize], lanes, vector, num_warps, n_ctas, n_steps, rest, held, max_registers)
 
 
