@@ -30,6 +30,8 @@ from mixce_kernels import backends, fused_mixce_loss
 IGNORE_INDEX = -100
 ETA = 0.5
 COPY = "copy"
+# What the backends of a GPU would be on CPU tensors.
+_ON_CPU_TENSORS = {"triton": "interpreted", "cuda": "emulated"}
 MODES = ("forward", "backward", "both", "inplace", "grad_in_forward", "grad_in_forward_inplace")
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
@@ -123,7 +125,7 @@ def _why_not(name: str, device: torch.device) -> str | None:
     if name == "reference":
         return "it is the oracle, and the plain formula stands for it"
     if device.type == "cpu" and name != "cpu":
-        return "on CPU tensors it would be interpreted, and that time is no speed"
+        return f"on CPU tensors it would be {_ON_CPU_TENSORS[name]}, and that time is no speed"
     return backends.get(name).unavailable(torch.empty(1, 1, device=device))
 
 
@@ -154,7 +156,8 @@ def _liger(name: str, device: torch.device) -> Contender:
     function = partial(liger_cross_entropy, ignore_index=IGNORE_INDEX)
     # It writes the gradient over the logits in forward: its place is beside our mode that does.
     losses = {"forward": function, "grad_in_forward_inplace": function}
-    return Contender("liger", f"cross-entropy alone (MixCE at eta = 1), Liger {version}", losses, eta=1.0)
+    computes = f"cross-entropy alone (MixCE at eta = 1) in the logits' type, Liger {version}"
+    return Contender("liger", computes, losses, eta=1.0)
 
 
 def _cut_cross_entropy(name: str, device: torch.device) -> Contender:

@@ -3,6 +3,10 @@
 Speeds are over the least traffic that a mode needs, whatever a contender really moves, per logit of b bytes:
 forward b (read once), backward 2 b (read, gradient written), both and inplace 3 b (the sum), grad_in_forward 2 b
 (read once, gradient written once), copy 2 b. Write-allocate reads of a CPU's caches are not counted, nor for the copy.
+
+On a GPU, events on the stream are the clock. Before each call the logits are put back and L2 is filled with other data:
+the forward reads its logits from memory, the backward finds in L2 what the forward left there. Both also give the host
+a head start, as in a training loop, where the device has work queued.
 """
 
 from __future__ import annotations
@@ -33,8 +37,11 @@ TRAFFIC = {
     COPY: 2,
 }
 
+# Twice the L2 of the largest GPU.
 FLUSH_BYTES = 256 * 2**20
 MIN_WARMUP_ROUNDS = 1
+# A GPU's clocks rise under load, and the first round fills the caching allocator.
+MIN_WARMUP_ROUNDS_GPU = 3
 MAX_WARMUP_ROUNDS = 8
 # Pages that a whole round of all contenders may still touch for the first time when memory is warm (of 4 KiB: 4 MB).
 WARM_FAULTS = 1024
@@ -60,8 +67,9 @@ class Program:
             results.append(loss(inputs.logits, targets))
 
         def forward_alone() -> None:
+            # Detached, as in evaluation: Liger computes the gradient of logits that require it, graph or no graph.
             with torch.no_grad():
-                forward()
+                results.append(loss(inputs.logits.detach(), targets))
 
         def backward() -> None:
             results.extend(torch.autograd.grad(results[0], inputs.logits))
@@ -97,22 +105,25 @@ def time_rounds(programs: list[Program], inputs: Inputs, budget: float, warm: bo
         budget: seconds for the repetitions, at least MIN_REPETITIONS and at most MAX_REPETITIONS of them.
         warm: go on warming up until the process touches no new pages.
     """
-    device = inputs.pristine.device
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
+    on_gpu = inputs.device.type == "cuda"
+    flush = inputs.pristine.new_empty(FLUSH_BYTES, dtype=torch.uint8) if on_gpu else None
+    min_warmup_rounds = MIN_WARMUP_ROUNDS_GPU if on_gpu else MIN_WARMUP_ROUNDS
     gc.collect()
     gc.disable()
-    for count in range(MAX_WARMUP_ROUNDS):
-        start = time.perf_counter()
-        faults = sum(_call(program, inputs, flush)[1] for program in programs)
-        round_seconds = time.perf_counter() - start
-        if count + 1 >= MIN_WARMUP_ROUNDS and (not warm or faults <= WARM_FAULTS):
-            break
-    repetitions = min(max(int(budget / round_seconds), MIN_REPETITIONS), MAX_REPETITIONS)
-    rounds = []
-    for count in range(repetitions):
-        rounds.append([_call(program, inputs, flush) for program in programs])
-        yield (count + 1) / repetitions
-    gc.enable()
+    try:
+        for count in range(MAX_WARMUP_ROUNDS):
+            start = time.perf_counter()
+            faults = sum(_call(program, inputs, flush)[1] for program in programs)
+            round_seconds = time.perf_counter() - start
+            if count + 1 >= min_warmup_rounds and (not warm or faults <= WARM_FAULTS):
+                break
+        repetitions = min(max(int(budget / round_seconds), MIN_REPETITIONS), MAX_REPETITIONS)
+        rounds = []
+        for count in range(repetitions):
+            rounds.append([_call(program, inputs, flush) for program in programs])
+            yield (count + 1) / repetitions
+    finally:
+        gc.enable()
     calls = [[one[i] for one in rounds] for i in range(len(programs))]
     yield [
         Timing(
@@ -153,12 +164,13 @@ def _event_seconds(steps: list[Callable[[], None]]) -> list[float]:
 def peak_growth(program: Program, inputs: Inputs) -> int | None:
     """Bytes by which the process's (or the GPU's) memory grew at its peak during a call, inputs allocated before.
 
-    On the CPU the kernel's own high-water mark of resident memory, reset before the call; None where it cannot be.
+    On a GPU by the caching allocator's count. On the CPU the kernel's own high-water mark of resident memory, reset
+    before the call; None where it cannot be.
     """
     inputs.restore()
     results: list[Tensor] = []
     steps = program.steps(inputs, inputs.targets, results)
-    if inputs.pristine.device.type == "cuda":
+    if inputs.device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -40,7 +40,7 @@ RESULTS = (
     "grad_error",
     "grad_allowed",
 )
-MACHINE = ("device", "cpu", "cores", "isa", "python", "torch", "triton", "mixce_kernels", "commit", "date")
+MACHINE = ("device", "cpu", "cores", "isa", "python", "torch", "cuda", "triton", "mixce_kernels", "commit", "date")
 MODE_TITLES = {
     "forward": "forward",
     "backward": "backward",
@@ -60,6 +60,7 @@ def machine(device: torch.device) -> dict[str, str]:
         "isa": cpu.isa() if cpu.unavailable(torch.empty(1, 1)) is None else "",
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "cuda": (torch.version.cuda or torch.version.hip or "") if device.type == "cuda" else "",
         "triton": _version("triton"),
         "mixce_kernels": mixce_kernels.__version__,
         "commit": _commit(),
@@ -131,7 +132,7 @@ def summary(rows: list[Row], verdicts: str) -> str:
     """The run in Markdown: medians in ms of each shape, contender and mode, and the goals."""
     facts = rows[0]
     versions = ", ".join(
-        f"{name} {facts[name]}" for name in ("mixce_kernels", "torch", "triton", "python") if facts[name]
+        f"{name} {facts[name]}" for name in ("mixce_kernels", "torch", "cuda", "triton", "python") if facts[name]
     )
     commit = f", commit {facts['commit']}" if facts["commit"] else ""
     where = facts["cpu"] if facts["device"] == "cpu" else f"{facts['device']}, {facts['cpu']}"

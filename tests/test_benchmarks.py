@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import measure  # noqa: E402
+import worker  # noqa: E402
+from bench_vocab import _jobs, arguments  # noqa: E402
 from check import Inputs  # noqa: E402
-from contenders import contenders, plain_cross_entropy, plain_mixce  # noqa: E402
+from contenders import COPY, Contender, contenders, plain_cross_entropy, plain_mixce  # noqa: E402
 from goals import OURS, verdicts  # noqa: E402
-from report import KEY, MACHINE, RESULTS, read_csv, summary, table, with_peaks, write_csv  # noqa: E402
+from plan import CACHING, DEFAULT, WARM, Cell, cells, shapes  # noqa: E402
+from report import KEY, MACHINE, RESULTS, machine, read_csv, summary, table, with_peaks, write_csv  # noqa: E402
 
-CPU = torch.device("cpu")
+from mixce_kernels.backends import cuda, triton  # noqa: E402
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 # Two that must be found out: the weight differentiated with the rest (the loss is right), and one that raises.
 EXTRA = """
 import torch
@@ -186,8 +196,165 @@ def test_a_mode_that_does_not_exist_is_refused(tmp_path):
     assert "got sideways" in done.stderr
 
 
-def test_liger_and_cut_cross_entropy_give_a_reason_on_the_cpu():
+def test_who_needs_a_gpu_gives_a_reason_on_the_cpu():
     left_out = contenders(CPU)[1]
-    assert {"liger-kernel", "cut-cross-entropy", "fused-triton"} <= set(left_out)
+    assert {"liger-kernel", "cut-cross-entropy"} <= set(left_out)
+    for name, way in (("fused-triton", "interpreted"), ("fused-cuda", "emulated")):
+        assert left_out[name] == f"on CPU tensors it would be {way}, and that time is no speed"
     if importlib.util.find_spec("liger_kernel") is None:
         assert left_out["liger-kernel"] == "it is not installed"
+
+
+def test_a_loss_of_the_logits_type_may_be_rounded_to_it():
+    inputs = Inputs(torch.bfloat16, 70, 777, CPU)
+    expected = inputs.expected(1.0)
+    loss = plain_cross_entropy(inputs.logits, inputs.masked_targets)
+    assert expected.compare(loss.bfloat16()).wrong() is None
+    assert "the loss is off" in expected.compare((loss * 1.05).bfloat16()).wrong()
+
+
+# A GPU without one: its clock, its memory and its name are made up, and its tensors are the CPU's.
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What the benchmark uses of torch.cuda, by a clock in ms that the tests advance; `log` has the calls in order."""
+    gpu = SimpleNamespace(now=0.0, tick=0.0, log=[], allocated=0, peak=0, free=80 * 10**9)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            gpu.log.append("record")
+            gpu.now += gpu.tick
+            self.at = gpu.now
+
+        def elapsed_time(self, later):
+            assert gpu.log[-1] == "synchronize"
+            return later.at - self.at
+
+    class Flush:
+        def zero_(self):
+            gpu.log.append("flush")
+
+    def inputs(dtype, rows, vocab, device=GPU):
+        assert device == GPU
+        made = Inputs(dtype, rows, vocab, CPU)
+        made.device = GPU
+        made.pristine.new_empty = lambda size, dtype: Flush()
+        restore = made.restore
+        made.restore = lambda: (gpu.log.append("restore"), restore())
+        return made
+
+    gpu.inputs = inputs
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: gpu.log.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: gpu.log.append("reset"))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: gpu.allocated)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: gpu.peak)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gpu.free, 80 * 10**9))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    return gpu
+
+
+def timed_loss(gpu):
+    """A loss that takes 2 ms, and 5 ms for its gradient."""
+
+    class Timed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logits):
+            gpu.log.append("forward")
+            gpu.now += 2
+            ctx.shape = logits.shape
+            return logits.sum()
+
+        @staticmethod
+        def backward(ctx, grad_loss):
+            gpu.log.append("backward")
+            gpu.now += 5
+            return grad_loss.expand(ctx.shape)
+
+    return lambda logits, targets: Timed.apply(logits)
+
+
+def test_events_time_each_part_on_a_gpu(gpu):
+    loss = timed_loss(gpu)
+    one = Contender("timed", "", {"forward": loss, "both": loss})
+    programs = [measure.Program(one, mode, loss) for mode in ("forward", "both")]
+    *_, timings = measure.time_rounds(programs, gpu.inputs(torch.float32, 8, 50), 0.0, warm=False)
+    assert [timing.parts for timing in timings] == [[[0.002] * 7], [[0.002] * 7, [0.005] * 7]]
+    before, after = ["restore", "flush", "record"], ["record", "synchronize"]
+    a_round = [*before, "forward", *after, *before, "forward", "record", "backward", *after]
+    assert gpu.log == a_round * (measure.MIN_WARMUP_ROUNDS_GPU + 7)
+
+
+def test_peak_memory_of_a_gpu_is_beyond_the_inputs(gpu):
+    def loss(logits, targets):
+        gpu.log.append("forward")
+        gpu.peak = 350
+        return logits.sum()
+
+    gpu.allocated = 100
+    program = measure.Program(Contender("one", "", {}), "both", loss)
+    assert measure.peak_growth(program, gpu.inputs(torch.float32, 8, 50)) == 250
+    assert gpu.log == ["restore", "synchronize", "reset", "forward", "synchronize"]
+
+
+def test_a_gpu_s_worker_reports_both_backends(gpu, monkeypatch):
+    """The copy and each contender in each mode, one tick of the clock a part."""
+    gpu.tick = 1.0
+    losses = dict.fromkeys(("forward", "both", "inplace", "grad_in_forward_inplace"), plain_mixce)
+    ours = [Contender(name, "MixCE", losses) for name in ("fused-triton", "fused-cuda")]
+    monkeypatch.setattr(worker, "contenders", lambda device, extra_files: (ours, {}))
+    monkeypatch.setattr(worker, "Inputs", gpu.inputs)
+    cell = Cell("bfloat16", 40, 1003, torch.get_num_threads(), CACHING)
+    job = {"device": "cuda", "modes": [*losses, "backward"], "contenders": [], "extra_files": [], "budget": 0.0}
+    found = {}
+    for peak in (False, True):
+        output = io.StringIO()
+        worker.Worker({**job, "peak": peak}, output).run(cell)
+        lines = map(json.loads, output.getvalue().splitlines())
+        found[peak] = [line["result"] for line in lines if "result" in line]
+    times = {(row["contender"], row["mode"]): row for row in with_peaks(found[False], found[True])}
+    assert set(times) == {(COPY, COPY)} | {(one.name, mode) for one in ours for mode in (*losses, "backward")}
+    for name in ("fused-triton", "fused-cuda"):
+        assert {times[name, mode]["status"] for mode in losses} == {"ok"}
+        medians = {mode: times[name, mode]["median_ms"] for mode in ("forward", "backward", "both")}
+        assert medians == pytest.approx({"forward": 1, "backward": 1, "both": 2})
+        # The forward moves half of the copy's bytes in the same time, both directions three halves in twice of it.
+        shares = [times[name, mode]["percent_of_copy"] for mode in ("forward", "backward", "both")]
+        assert shares == pytest.approx([50, 100, 75])
+        assert times[name, "both"]["peak_bytes"] == 0
+
+
+def test_a_gpu_s_shapes_fit_its_memory(gpu):
+    table = shapes(GPU, False, [], [], 0)
+    assert {rows for _, rows, _ in table} == {4096}
+    assert {vocab for _, _, vocab in table} == {32000, 50257, 128256}
+    gpu.free = 8 * 10**9
+    assert shapes(GPU, False, [128256], ["bfloat16"], 0) == [("bfloat16", 2048, 128256)]
+    planned = cells(GPU, table, [1, 4], [WARM, DEFAULT], False)
+    assert planned == [Cell(*shape, 4, CACHING) for shape in table]
+    peak_jobs, time_jobs = _jobs(arguments(["--device=cuda"]), planned)
+    assert [len(job.request["cells"]) for job in (*peak_jobs, *time_jobs)] == [len(table), len(table)]
+    assert not any(name.startswith("MALLOC_") for name in time_jobs[0].environment)
+
+
+def test_both_gpu_backends_take_part_on_cuda_tensors(monkeypatch):
+    for backend in (cuda, triton):
+        monkeypatch.setattr(backend, "unavailable", lambda logits: None if logits.is_cuda else "of CUDA tensors")
+    with FakeTensorMode():
+        able, left_out = contenders(GPU)
+    assert {"fused-cuda", "fused-triton", "eager", "torch.compile", "F.cross_entropy"} <= {one.name for one in able}
+    assert left_out["fused-cpu"].startswith("it runs on CPU tensors")
+
+
+def test_a_gpu_s_csv_names_it(gpu, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    write_csv(tmp_path / "bench.csv", [measurement("fused-cuda", "forward", 1.0)], machine(GPU))
+    rows = read_csv(tmp_path / "bench.csv")
+    assert (rows[0]["device"], rows[0]["cuda"]) == ("NVIDIA H100", "13.0")
+    assert summary(rows, "").startswith("NVIDIA H100, ")
+    assert "cuda 13.0" in summary(rows, "")
+    assert verdicts(rows) == []
