@@ -1,0 +1,197 @@
+"""What is counted of the GPU kernels: the cases, a step's counts for each logit, and the bars they are held to."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+BACKENDS = ("cuda", "triton")
+# scale_rows follows a grad_in_forward, and only where the upstream gradient is not 1.
+STEPS = ("forward", "backward", "grad_in_forward", "scale_rows")
+MAIN_STEPS = STEPS[:3]
+# The bars are for this one; the other has no thread-block clusters.
+TARGET, WITHOUT_CLUSTERS = "sm_90", "sm_80"
+TARGETS = (WITHOUT_CLUSTERS, TARGET, "sm_100", "sm_120")
+ROWS = 64
+# Contiguous bfloat16 rows of the first start at every even address, those of the second at 16-byte boundaries.
+VOCABULARIES = (50257, 128256)
+# At least an A100's multiprocessors: of fewer rows, CUDA would split those that it cannot hold over two kernels.
+ROWS_WITHOUT_CLUSTERS = 128
+DTYPES = ("float32", "float16", "float64")
+
+
+class Option(NamedTuple):
+    """One option of the loss, alone."""
+
+    token_options: tuple[tuple[str, float], ...] = ()
+    eta_tensor: bool = False
+    stats: bool = False
+    grad_offset: int = 0  # elements from a 16-byte boundary to the gradient
+
+
+OPTIONS = {
+    "": Option(),
+    "label_smoothing": Option((("label_smoothing", 0.1),)),
+    "z_loss": Option((("z_loss", 1e-4),)),
+    "softcap": Option((("softcap", 30.0),)),
+    "logit_scale": Option((("logit_scale", 0.7),)),
+    "return_stats": Option(stats=True),
+    "eta tensor": Option(eta_tensor=True),
+    "gradient aligned otherwise": Option(grad_offset=1),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs for one backend on one architecture, and the steps that are taken on it."""
+
+    backend: str
+    target: str
+    dtype: str = "bfloat16"
+    rows: int = ROWS
+    vocab: int = VOCABULARIES[0]
+    option: str = ""
+    steps: tuple[str, ...] = MAIN_STEPS
+
+
+@dataclass(frozen=True)
+class Count:
+    """A step's counts: summed over its launches, divided by its logits."""
+
+    backend: str
+    target: str
+    dtype: str
+    rows: int
+    vocab: int
+    option: str
+    step: str
+    kernels: str
+    unique_loaded_bytes: float
+    loaded_bytes: float
+    unique_stored_bytes: float
+    stored_bytes: float
+    vector_bytes: float  # of those loaded and stored, in accesses of 16 bytes
+    special_functions: float  # exponentials, and a few reciprocals and logarithms
+    instructions: float
+    warp_instructions: float  # of the busiest thread of each warp
+
+    @property
+    def vector_share(self) -> float:
+        """The share of the bytes that move 16 at a time."""
+        return self.vector_bytes / (self.loaded_bytes + self.stored_bytes)
+
+
+def cases(backend: str, target: str) -> list[Case]:
+    """What is executed and counted in one process."""
+    if target == WITHOUT_CLUSTERS:
+        steps = ("grad_in_forward",)
+        return [Case(backend, target, rows=ROWS_WITHOUT_CLUSTERS, vocab=vocab, steps=steps) for vocab in VOCABULARIES]
+    plain = [Case(backend, target, vocab=vocab, steps=STEPS) for vocab in VOCABULARIES]
+    options = [Case(backend, target, option=option) for option in OPTIONS if option]
+    return plain + options + [Case(backend, target, dtype=dtype) for dtype in DTYPES]
+
+
+def compiled_cases(backend: str) -> list[Case]:
+    """What is compiled for every architecture, for its registers alone: few rows, since nothing runs."""
+    found = []
+    for target in TARGETS:
+        found.append(Case(backend, target, rows=1, steps=STEPS))
+        found.append(Case(backend, target, rows=1, vocab=VOCABULARIES[1], steps=("grad_in_forward",)))
+        found.append(Case(backend, target, rows=1, option="softcap"))
+        found.append(Case(backend, target, rows=1, option="return_stats", steps=("forward", "grad_in_forward")))
+        found.append(Case(backend, target, rows=1, dtype="float64"))
+    return found
+
+
+def count_of(case: Case, step: str, launches: list[tuple[str, dict[str, Any]]]) -> Count:
+    """The counts of a step from the names and counters of its launches."""
+    logits = case.rows * case.vocab
+
+    def each(name: str) -> float:
+        return sum(counters[name] for _, counters in launches) / logits
+
+    accesses = [counters[kind] for _, counters in launches for kind in ("global_loads", "global_stores")]
+    return Count(
+        backend=case.backend,
+        target=case.target,
+        dtype=case.dtype,
+        rows=case.rows,
+        vocab=case.vocab,
+        option=case.option,
+        step=step,
+        kernels=kernel_names(name for name, _ in launches),
+        unique_loaded_bytes=each("unique_loaded_bytes"),
+        loaded_bytes=each("global_loaded_bytes"),
+        unique_stored_bytes=each("unique_stored_bytes"),
+        stored_bytes=each("global_stored_bytes"),
+        vector_bytes=16 * sum(number.get(16, 0) for number in accesses) / logits,
+        special_functions=each("special_ops"),
+        instructions=each("instructions"),
+        warp_instructions=each("warp_instructions"),
+    )
+
+
+def kernel_names(names: Iterable[str]) -> str:
+    """Launched kernels, in the order of their first launch."""
+    found = Counter(kernel_name(name) for name in names)
+    return " + ".join(name if times == 1 else f"{times} x {name}" for name, times in found.items())
+
+
+def kernel_name(name: str) -> str:
+    """A kernel's own name, from its mangled or its plain one."""
+    match = re.search(r"[a-z][a-z_]*_kernel", name)
+    return match[0] if match else name
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bound of one figure, by backend."""
+
+    title: str
+    figure: str
+    bounds: dict[str, float]
+    at_least: bool = False
+
+    def met_by(self, count: Count) -> bool:
+        """Whether the count keeps to the bound."""
+        measured: float = getattr(count, self.figure)
+        bound = self.bounds[count.backend]
+        return measured >= bound if self.at_least else measured <= bound
+
+
+def _bars(stored: float, special: float, instructions: tuple[float, float]) -> tuple[Bar, ...]:
+    def alike(bound: float) -> dict[str, float]:
+        return dict.fromkeys(BACKENDS, bound)
+
+    return (
+        Bar("unique bytes loaded", "unique_loaded_bytes", alike(2.01)),
+        Bar("bytes loaded", "loaded_bytes", alike(2.12)),
+        Bar("bytes stored", "stored_bytes", alike(stored)),
+        Bar("in 16-byte accesses", "vector_share", {"cuda": 0.98, "triton": 0.95}, at_least=True),
+        Bar("exponentials", "special_functions", alike(special)),
+        Bar("PTX instructions", "instructions", dict(zip(BACKENDS, instructions, strict=True))),
+    )
+
+
+# A logit of two bytes is read once, and its gradient written once, in vectors of 16 bytes, with an exponential a pass.
+BARS = {
+    "forward": _bars(0.01, 1.08, (8, 11)),
+    "backward": _bars(2.01, 1.02, (8, 11)),
+    "grad_in_forward": _bars(2.01, 2.1, (16, 22)),
+}
+
+
+def held_to_bars(counts: Iterable[Count]) -> Iterator[Count]:
+    """The counts for which there are bars."""
+    for count in counts:
+        plain = count.dtype == "bfloat16" and not count.option and count.rows == ROWS
+        if plain and count.target == TARGET and count.step in BARS:
+            yield count
+
+
+def verdicts(counts: Iterable[Count]) -> list[tuple[Count, Bar, bool]]:
+    """Each count with each of its bars, and whether it is met."""
+    return [(count, bar, bar.met_by(count)) for count in held_to_bars(counts) for bar in BARS[count.step]]
