@@ -39,6 +39,9 @@ $(VENV)/installed: setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/p
 		echo "No native extension: $(BIN)/pip install -v -e . says why. Continuing without the backend 'cpu'."
 	@touch $@
 
+# The extra by itself: installing the package once more would compile it once more.
+LINTERS = from importlib.metadata import requires; \
+	print(*(line.partition(";")[0] for line in requires("mixce_kernels") if "lint" in line.partition(";")[2]))
 $(VENV)/linters: pyproject.toml | $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c '$(LINTERS)')
 	@touch $@

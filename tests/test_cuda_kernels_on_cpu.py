@@ -51,7 +51,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("forward", "sm_90", FILES, 1400),
         ("reverse", "sm_120", FILES, 1400),
         ("shuffled:7", "sm_100", FILES, 1400),
-        ("shuffled:8", "sm_80", FILES[:2], 600),
+        ("shuffled:8", "sm_80", (*FILES[:2], "test_compile.py"), 660),
     ],
     ids=("forward", "reverse", "shuffled", "without_clusters"),
 )

@@ -235,3 +235,17 @@ def test_confident_tokens_keep_their_gradient(dtype: torch.dtype, mode: str) -> 
     expected = -q * 2 * torch.exp(-height.double()) * q
     tolerance = 2e-6 if dtype == torch.float32 else 2.0**-8
     torch.testing.assert_close(grad[:, 1].double(), expected, rtol=tolerance, atol=0)
+
+
+@ALL_MODES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_of_the_lowest_finite_number(backend: str, device: str, mode: str, dtype: torch.dtype) -> None:
+    """What many write for -inf: no overflow on the way to a probability of 0, and a row of nothing else is uniform."""
+    lowest = torch.finfo(dtype).min
+    logits = torch.full((2, 3001), lowest, dtype=dtype, device=device)
+    logits[1, [5, 3000]] = 1.0
+    loss, grad = loss_and_grad(logits, torch.tensor([7, 5], device=device), 1.0, backend=backend, **MODES[mode])
+    expected = torch.tensor([3001.0, 2.0]).double().log()
+    torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-6, atol=0)
+    assert (grad[1, 6:3000] == 0).all()
+    torch.testing.assert_close(grad[0, :7].cpu().double(), torch.full((7,), 1 / 3001).double(), rtol=2**-7, atol=0)

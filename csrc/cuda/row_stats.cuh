@@ -178,7 +178,6 @@ __device__ __forceinline__ void walk_and_hold(const uint4* vectors, const Share&
     add(group, walk.first);
     walk.first += kGroup * kThreads, arrived += kGroup * kThreads;
   }
-  copy_group();
   ptx::copy_async_wait<0>();
   for (; walk.rest > 0; --walk.rest) {
     const uint4 group[1] = {*arrived};

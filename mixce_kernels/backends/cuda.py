@@ -41,12 +41,9 @@ def unavailable(logits: Tensor) -> str | None:
             return "it runs on CUDA tensors, and the logits are on cpu"
     elif logits.device.type != "cuda" or torch.version.hip is not None:
         return f"it runs on tensors of an NVIDIA GPU, and the logits are on {logits.device}"
-    try:
-        arch = _device(_index(logits)).arch
-    except RuntimeError as error:
-        return str(error)
-    if arch < _MIN_ARCH:
-        return f"it needs compute capability 8.0 or newer, and {logits.device} has {arch // 10}.{arch % 10}"
+    reason = _device_unsuited(_index(logits))
+    if reason is not None:
+        return reason
     n_rows, vocab_size = logits.shape[:-1].numel(), logits.shape[-1]
     if n_rows > _MAX_ROWS or vocab_size > _MAX_VOCAB_SIZE:
         return f"it takes at most {_MAX_ROWS} rows of {_MAX_VOCAB_SIZE} logits, and these are {n_rows} of {vocab_size}"
@@ -113,6 +110,18 @@ def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
     rows = native.row_params(grad_logits, None, None, TokenOptions(), grad_loss, grad_loss_stride, grad_logits)
     with _on_device(grad_logits):
         _C.cuda_scale_rows(rows, _split_launch(grad_logits))
+
+
+@torch.compiler.assume_constant_result
+def _device_unsuited(index: int) -> str | None:
+    """Why the kernels cannot run on a device; a compiler, which cannot look into the extension, takes it as it is."""
+    try:
+        arch = _device(index).arch
+    except RuntimeError as error:
+        return str(error)
+    if arch < _MIN_ARCH:
+        return f"it needs compute capability 8.0 or newer, and cuda:{index} has {arch // 10}.{arch % 10}"
+    return None
 
 
 @functools.cache
