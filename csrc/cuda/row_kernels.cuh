@@ -101,7 +101,6 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
     if (threadIdx.x == 0) leave_partial<kMoments>(shared.block, accumulator.part);
   }
   if (cluster) {
-    __syncthreads();
     ptx::cluster_arrive();
     ptx::cluster_wait();
     if (threadIdx.x < kWarpSize) {
@@ -109,7 +108,6 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
           launch.parts, [&](int i) -> const auto& { return *ptx::in_cluster(&shared.block, i); },
           accumulator.exponential);
     }
-    __syncwarp();
     ptx::cluster_arrive();  // no more need of the other blocks' shared memory
   } else if (kPass2 == Pass2::kNone && launch.parts > 1) {
     if (threadIdx.x == 0) {
