@@ -16,6 +16,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 EMULATED = "triton" if INTERPRETED else os.environ.get("MIXCE_TEST_BACKEND")
 if INTERPRETED:
     os.environ["MIXCE_CPU_TENSORS"] = "1"
+# cuBLAS asks for it where algorithms must be deterministic, as they must in `poisoned_memory`.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 # Those that run on a GPU or, alone, under an emulation.
 GPU_BACKENDS: list[Any] = (

@@ -15,7 +15,14 @@ BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 from kernel_counts import BARS, OPTIONS, Case, Count, cases, compiled_cases, count_of, verdicts  # noqa: E402
-from kernel_model import CHIPS, limits, modelled, most_instructions  # noqa: E402
+from kernel_model import (  # noqa: E402
+    CHIPS,
+    limits,
+    modelled,
+    most_instructions,
+    not_of_memory_alone,
+    plain_limits,
+)
 from kernel_registers import ARCHITECTURES, Registers, blocks_by_registers, held_rows, resource_usage  # noqa: E402
 from kernel_tables import markdown, write_csv, write_registers_csv  # noqa: E402
 
@@ -151,6 +158,14 @@ def test_a_second_read_is_modelled_from_l2_and_from_memory():
     assert modelled([twice], "triton") == []
     # Counted with clusters, it says nothing about the A100.
     assert [one.chip for one in modelled([GRADIENT], "cuda")] == [H100, B200]
+
+
+def test_options_that_memory_does_not_limit_are_named():
+    capped = replace(PLAIN, option="softcap", instructions=30.0, warp_instructions=1.0)
+    others = [PLAIN, replace(PLAIN, option="z_loss"), replace(capped, dtype="float64"), replace(capped, target="sm_80")]
+    assert not_of_memory_alone([capped, *others], "cuda") == [capped]
+    assert plain_limits(H100, capped).largest == "issue"
+    assert plain_limits(H100, capped).time == pytest.approx(1e12 / (4 * 132 * 1.83e9))
 
 
 def test_resource_usage_names_kernel_type_and_variant():

@@ -26,11 +26,7 @@ def unavailable(logits: Tensor) -> str | None:
             return "it runs on CUDA and ROCm tensors (on the CPU under TRITON_INTERPRET=1), and the logits are on cpu"
     elif logits.device.type != "cuda":
         return f"it runs on CUDA and ROCm tensors, and the logits are on {logits.device}"
-    try:
-        _forward_kernel()
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    return None
+    return _import_problem()
 
 
 def forward(
@@ -177,6 +173,16 @@ def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
             REST=config.rest,
             num_warps=config.num_warps,
         )
+
+
+@torch.compiler.assume_constant_result
+def _import_problem() -> str | None:
+    """Why there are no kernels; a compiler, which cannot look into Triton, takes it as it is."""
+    try:
+        _forward_kernel()
+    except ImportError as error:
+        return f"Triton cannot be imported ({error})"
+    return None
 
 
 @functools.cache
