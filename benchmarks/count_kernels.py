@@ -3,7 +3,8 @@
     PTX_ON_CPU=/path/to/ptx_on_cpu python benchmarks/count_kernels.py
 
 Builds a copy of the package in a temporary folder, and runs the PTX of its kernels on the CPU. Needs nvcc, Triton, and
-the tool ptx_on_cpu in the folder that PTX_ON_CPU names, by default in shared/ptx_on_cpu beside the checkout.
+the tool ptx_on_cpu in the folder that PTX_ON_CPU names, by default in shared/ptx_on_cpu beside the checkout. Takes some
+ten minutes on two cores; ptx_on_cpu and Triton keep what they compiled for the next time.
 """
 
 from __future__ import annotations
@@ -57,6 +58,9 @@ def main() -> None:
     chosen = arguments.backends
     folder, nvcc = ptx_on_cpu_folder(), find_nvcc()
     cuobjdump = find_cuobjdump()
+    # Before anything else, of the sources as they are built.
+    facts = machine(torch.device("cpu"))
+    facts = {"nvcc": nvcc_version(nvcc), **{name: facts[name] for name in ("triton", "torch", "commit", "date")}}
 
     with tempfile.TemporaryDirectory(prefix="mixce_kernels_") as temporary:
         say("building the package")
@@ -79,8 +83,6 @@ def main() -> None:
             for result in worker(job | {"counts": False}, compiled_cases("triton"), extension.parents[1]):
                 registers.append(Registers(**result["registers"]))
 
-    facts = machine(torch.device("cpu"))
-    facts = {"nvcc": nvcc_version(nvcc), **{name: facts[name] for name in ("triton", "torch", "commit", "date")}}
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_csv(arguments.out / "kernels.csv", counts, facts)
     if registers:

@@ -47,6 +47,11 @@ class Limits:
         times = {"memory": self.memory, "issue": self.issue, "special functions": self.special}
         return max(times, key=lambda name: times[name])
 
+    @property
+    def time(self) -> float:
+        """That limit's."""
+        return max(self.memory, self.issue, self.special)
+
 
 def limits(chip: Chip, memory_bytes: float, warp_instructions: float, special_functions: float) -> Limits:
     """The times of a logit that moves so many bytes, and takes so many instructions and special functions."""
@@ -100,6 +105,24 @@ def modelled(counts: Iterable[Count], backend: str) -> list[Modelled]:
                 if count is not None:
                     found += _reads(chip, count)
     return found
+
+
+def plain_limits(chip: Chip, count: Count) -> Limits:
+    """A step's limits where every logit comes from memory once."""
+    memory_bytes = count.unique_loaded_bytes + count.unique_stored_bytes
+    return limits(chip, memory_bytes, count.warp_instructions, count.special_functions)
+
+
+def not_of_memory_alone(counts: Iterable[Count], backend: str) -> list[Count]:
+    """Steps with an option, or of another type, that meet another limit than memory's on some chip."""
+    return [
+        count
+        for count in counts
+        if (count.backend, count.target) == (backend, TARGET)
+        and (count.option or count.dtype != "bfloat16")
+        and count.dtype != "float64"
+        and any(plain_limits(chip, count).largest != "memory" for chip in CHIPS)
+    ]
 
 
 def _reads(chip: Chip, count: Count) -> list[Modelled]:

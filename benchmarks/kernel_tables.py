@@ -8,7 +8,16 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from kernel_counts import BACKENDS, BARS, DTYPES, MAIN_STEPS, OPTIONS, ROWS, TARGET, VOCABULARIES, Count, held_to_bars
-from kernel_model import CHIPS, ISSUE_SLOTS, REACHABLE, SPECIAL_FUNCTIONS, Modelled, modelled
+from kernel_model import (
+    CHIPS,
+    ISSUE_SLOTS,
+    REACHABLE,
+    SPECIAL_FUNCTIONS,
+    Modelled,
+    modelled,
+    not_of_memory_alone,
+    plain_limits,
+)
 from kernel_registers import ARCHITECTURES, REGISTERS, REGISTERS_GRANULARITY, Held, Registers
 
 FIGURES = ("unique_loaded_bytes", "loaded_bytes", "stored_bytes", "vector_share", "special_functions", "instructions")
@@ -28,6 +37,9 @@ Issue: warp instructions at {slots} a clock and multiprocessor, PTX instructions
 of L2, and how far the passes of a row overlap with other rows'. "PTX may take" is how many instructions a thread has
 for a logit before issue takes as long as memory. The counts of {target} stand for all chips, but for grad_in_forward on
 the A100: without clusters it is launched otherwise, and was counted so."""
+OPTIONS_MODEL_TEXT = """\
+Options and types, each alone, for which memory is not the largest limit on every chip: the largest, and its time. As
+counted on sm_90, with one read from memory. float64 is left out, since its units are no part of the model."""
 REGISTERS_TEXT = """\
 Registers of a thread and, after the slash, blocks that a multiprocessor holds by registers ({registers}, in units of
 {unit} a warp), by threads, and by shared memory but for rows held there. Bytes in local memory, spills among them:
@@ -147,6 +159,12 @@ def model_section(counts: list[Count]) -> str:
     for backend in BACKENDS:
         lines += ["", *_head([f"{NAMES[backend]}", *titles])]
         lines += [_row(_model_cells(one)) for one in modelled(counts, backend)]
+    lines += ["", OPTIONS_MODEL_TEXT, "", *_head(["", *(f"{chip.name}" for chip in CHIPS)])]
+    for backend in BACKENDS:
+        for count in not_of_memory_alone(counts, backend):
+            found = (plain_limits(chip, count) for chip in CHIPS)
+            name = f"{NAMES[backend]} {count.step}, {count.option or count.dtype}"
+            lines.append(_row([name, *(f"{one.largest}, {one.time:.3f}" for one in found)]))
     return "\n".join(lines)
 
 
@@ -244,4 +262,4 @@ def _head(titles: list[str]) -> list[str]:
 
 
 def _row(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |".replace("|  |", "| |")
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)
