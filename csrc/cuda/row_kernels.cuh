@@ -74,7 +74,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   // Pass 1.
   const auto body = body_of<T>(logits, vocab_size);
   const Share share = share_of(body.count, part, launch.parts);
-  Accumulator<T, kCap, kMoments> accumulator(p, x_target, target.column);
+  // Without statistics no logit need be compared with the target's, and none reaches NaN.
+  Accumulator<T, kCap, kMoments> accumulator(p, f.stats == nullptr ? NAN : x_target, target.column);
   auto add = [&](const auto& vectors, int i) {
     accumulator.add(vectors, body.begin + i * Format<T>::kWidth);
   };

@@ -75,8 +75,7 @@ struct Accumulator {
   template <typename Compare>
   __device__ __forceinline__ void raise_to(Real maximum, Compare compare_each) {
     if constexpr (kMoments) {
-      // Logits that reach the target's are few.
-      if (maximum >= x_target) compare_each();
+      if (!part.beaten && maximum >= x_target) compare_each();
     }
     if constexpr (kCap) maximum = capped(maximum, softcap).value;
     raise_maximum(part.sums, maximum, exponential);
