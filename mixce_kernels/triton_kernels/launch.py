@@ -19,7 +19,7 @@ _MIN_STEPS = 4
 # Vectors of a held row in a thread's registers: 124 of the 255, with no spills. A multiprocessor has registers for two
 # programs of 128 threads then: one loads while the other computes.
 _MAX_HELD = 31
-# Of those ptxas spills a few for later architectures and for float64.
+# Of those the compilers spill a few for sm_100 and later, for gfx942 and for float64.
 _MAX_HELD_SPARING = 20
 # A softcap, statistics or label smoothing need registers of their own, and their code is too much for Triton's pass
 # "plan CTA", which gives up after 10000 steps: no clusters.
@@ -86,7 +86,8 @@ def row_config(
     n_ctas, held = 1, False
     if with_grad:
         max_ctas = MAX_CTAS if arch >= 90 else 1
-        max_held = _MAX_HELD_SPARING if arch >= 100 or itemsize == 8 else _MAX_HELD
+        sparing = arch >= 100 or itemsize == 8 or warp_size == 64
+        max_held = _MAX_HELD_SPARING if sparing else _MAX_HELD
         if with_stats or with_options:
             max_ctas, max_held = 1, _MAX_HELD_WITH_OPTIONS
         shapes = [(num_warps, 1), (_WARPS, 1)]
