@@ -36,7 +36,7 @@ $(VENV)/installed: setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/p
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		--editable '.[benchmark,examples,test]' $(TORCH) $(TRITON)
 	@$(BIN)/python -c 'from mixce_kernels import _C' || \
-		echo "No native extension: $(BIN)/pip install -v -e . says why. Continuing without the backend 'cpu'."
+		echo "No native extension: $(BIN)/pip install -v -e . says why. Continuing without the backends 'cpu' and 'cuda'."
 	@touch $@
 
 # The extra by itself: installing the package once more would compile it once more.

@@ -92,7 +92,7 @@ class NinjaBuild(build_ext):
             f"  command = {compiler} $in {shlex.join(LINK)} -o $out",
         ]
         if nvcc:
-            command = f"{shlex.quote(nvcc)} -ccbin {shlex.quote(compiler)}"
+            command = f"{shlex.quote(nvcc)} -ccbin {shlex.quote(shlex.split(compiler)[-1])}"
             lines += [
                 "rule cuda",
                 f"  command = {command} {shlex.join([*NVCC, *gencodes()])} -MMD -MF $out.d -c $in -o $out",

@@ -16,7 +16,7 @@ ISSUE_SLOTS, SPECIAL_FUNCTIONS = 4, 16
 
 @dataclass(frozen=True)
 class Chip:
-    """Published figures, at boost clock."""
+    """Figures of NVIDIA's data sheets and architecture papers, at boost clock."""
 
     name: str
     target: str

@@ -29,7 +29,7 @@ ARCHITECTURES = {
     "sm_80": Architecture(108, 166912, 167936, 2048),
     "sm_90": Architecture(132, 232448, 233472, 2048),
     "sm_100": Architecture(148, 232448, 233472, 2048),
-    "sm_120": Architecture(188, 101376, 102400, 1536),
+    "sm_120": Architecture(170, 101376, 102400, 1536),
 }
 
 

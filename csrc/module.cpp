@@ -57,10 +57,9 @@ void define_cuda(py::module_& m) {
                        uintptr_t partials) {
         return CudaLaunch{device, stream, parts, shared_bytes, from_shared, partials};
       }));
-  m.def("cuda_device_count", &cuda_device_count);
   m.def("cuda_device", [](int index) {
     const CudaDevice device = cuda_device(index);
-    return py::make_tuple(device.arch, device.multiprocessors, device.shared_per_block,
+    return py::make_tuple(device.arch, device.code_arch, device.multiprocessors, device.shared_per_block,
                           device.shared_per_multiprocessor);
   });
   m.def("cuda_state_bytes", [](int dtype) { return cuda_state_bytes(static_cast<DType>(dtype)); });

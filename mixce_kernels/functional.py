@@ -71,9 +71,9 @@ def fused_mixce_loss(
             Whoever saved the logits for a later backward then gets PyTorch's error. Without a gradient to compute,
             logits are never touched. Under `torch.compile`, which plans memory itself, and `torch.func` this has no
             effect.
-        grad_in_forward: the gradient is computed together with the loss: one read and one write of the logits in all.
-            An upstream gradient other than 1 multiplies it in backward: for half precision a second rounding. With
-            `inplace_backward`, forward itself overwrites the logits.
+        grad_in_forward: the gradient is computed together with the loss: one read and one write of the logits in all,
+            where a row fits on the chip. An upstream gradient other than 1 multiplies it in backward: for half
+            precision a second rounding. With `inplace_backward`, forward itself overwrites the logits.
         return_stats: also return the tokens' statistics, from the same pass.
         validate: check the values of targets and of a tensor eta, synchronising with a GPU. On the CPU targets are
             always checked.

@@ -122,6 +122,14 @@ LAYOUTS = [
     for dtype, target_dtype in ((FLOAT32, torch.int64), (BFLOAT16, torch.int32))
 ]  # fmt: skip
 
+# More rows than a GPU has multiprocessors.
+LAYOUTS += [
+    _BASE.at(name=f"many_{layout}_{mode}", shape=(200, 131), layout=layout, dtype=dtype, mode=mode)
+    for layout in ("contiguous", "sliced_columns")
+    for mode in ("grad_in_forward", "inplace_grad_in_forward")
+    for dtype in (FLOAT32, BFLOAT16)
+]
+
 UPSTREAMS = [
     _BASE.at(name=f"{mode}_upstream_{upstream}", mode=mode, upstream=upstream, dtype=dtype, reduction="none")
     for mode in MODES

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from watched import Watched
+
+from mixce_kernels import backends
+from mixce_kernels.backends import native
 
 # Interpreted and compiled kernels do not mix in one process: `TRITON_INTERPRET=1 pytest` tries that backend alone, on
 # CPU tensors.
@@ -19,13 +24,31 @@ if INTERPRETED:
 # cuBLAS asks for it where algorithms must be deterministic, as they must in `poisoned_memory`.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def _on_a_gpu(name: str) -> Any:
+    marks = [pytest.mark.gpu, needs_gpu]
+    if torch.cuda.is_available():
+        reason = backends.get(name).unavailable(torch.empty(1, 1, device="cuda"))
+        marks.append(pytest.mark.skipif(reason is not None, reason=f"backend {name!r} cannot serve: {reason}"))
+    return pytest.param(name, marks=marks)
+
+
 # Those that run on a GPU or, alone, under an emulation.
-GPU_BACKENDS: list[Any] = (
-    [EMULATED] if EMULATED else [pytest.param(name, marks=(pytest.mark.gpu, needs_gpu)) for name in ("triton", "cuda")]
-)
+GPU_BACKENDS: list[Any] = [EMULATED] if EMULATED else [_on_a_gpu(name) for name in ("triton", "cuda")]
 BACKENDS: list[Any] = [EMULATED] if EMULATED else ["reference", "cpu"]
 if torch.cuda.is_available() and not EMULATED:
     BACKENDS += GPU_BACKENDS
+
+if EMULATED == "cuda":
+    # The emulation then knows of every access whether it is one to the call's own tensors.
+    _emulation = ctypes.CDLL(native._C.__file__)
+    Watched(
+        lambda tensor: _emulation.cuda_on_cpu_register(
+            ctypes.c_void_p(tensor.untyped_storage().data_ptr()), ctypes.c_size_t(tensor.untyped_storage().nbytes())
+        ),
+        lambda tensor: _emulation.cuda_on_cpu_unregister(ctypes.c_void_p(tensor.untyped_storage().data_ptr())),
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,18 +15,19 @@ from typing import Any
 import ptx_on_cpu
 import torch
 from cases import BFLOAT16, DTYPES, FLOAT32, FLOAT64, Case
+from figures import assert_figures
 from oracle import Options
 from ptx_on_cpu import cudart
-from torch import Tensor
 
 ORDERS = (("forward", 0), ("reverse", 0), ("shuffled", 5))
-BLOCK_BYTES = 4 * 16 * 256
 _PLAIN = Options()
 _ALL = Options(label_smoothing=0.1, z_loss=1e-3, softcap=6.0, logit_scale=1.3, ignore_index=7)
 
 
 def cases() -> Iterator[tuple[Case, bool]]:
     """Calls, and whether they ask for statistics: every kernel for every type, and what only addresses can break."""
+    from mixce_kernels.backends.cuda_launch import BLOCK_BYTES
+
     for dtype in DTYPES:
         # Rows of two and a half blocks: split in a forward alone, a cluster's in a forward with gradient.
         vocab_size = 5 * BLOCK_BYTES // (2 * dtype.itemsize) + 11
@@ -36,8 +37,11 @@ def cases() -> Iterator[tuple[Case, bool]]:
             yield base.at(options=options), True
             for mode in ("grad_in_forward", "inplace_grad_in_forward"):
                 yield base.at(options=options, mode=mode, kind="confident"), False
-            # Gradient rows that lie otherwise than the logits': the row is read again, a vector cut out of two.
-            yield base.at(options=options, mode="grad_in_forward", layout="sliced_columns", eta="column"), False
+            # Gradient rows that lie otherwise than the logits', a vector of theirs cut out of two: many rows are read
+            # again by the same kernel, few by another that splits them.
+            otherwise = base.at(options=options, mode="grad_in_forward", layout="sliced_columns", eta="column")
+            yield otherwise, False
+            yield otherwise.at(shape=(140, 333)), False
         yield base.at(layout="sliced_columns", kind="masked", target_dtype=torch.int32, eta="per_token"), False
         yield base.at(layout="unaligned", mode="inplace", kind="nonfinite_rows", shape=(12, 700)), True
         for size in (1, 7, 15, 2 * 256 * 16 // dtype.itemsize + 3):
@@ -48,44 +52,24 @@ def cases() -> Iterator[tuple[Case, bool]]:
     yield Case("too_large", shape=(1, 240_001), dtype=FLOAT64, mode="grad_in_forward", ignored="none"), False
 
 
-class Watched:
-    """Lets the kernels of a call reach the tensors that the call hands over, and nothing else."""
+def check_figures(runtime: Any, vocab_size: int) -> None:
+    """Speed that can be seen without a GPU: each logit is read once, in whole vectors, with few instructions."""
+    from mixce_kernels import fused_mixce_loss
 
-    def __init__(self, runtime: Any) -> None:
-        from mixce_kernels.backends import cuda, native
+    logits = torch.randn(64, vocab_size, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    targets = torch.arange(64)
 
-        self.runtime = runtime
-        self.reached: list[Tensor] = []
-        for module, name in ((native, "row_params"), (native, "forward_params"), (cuda, "_launch")):
-            setattr(module, name, self._watching(getattr(module, name)))
-        for name in ("forward", "logits_grad", "scale_rows_"):
-            setattr(cuda, name, self._closing(getattr(cuda, name)))
+    def assert_counted(step: str) -> None:
+        assert_figures("cuda", step, runtime.counters(), logits.numel())
+        runtime.clear()
 
-    def _reach(self, value: Any) -> None:
-        if isinstance(value, Tensor) and value.numel() > 0:
-            self.runtime.register(value)
-            self.reached.append(value)
-        elif isinstance(value, tuple):
-            for one in value:
-                self._reach(one)
-
-    def _watching(self, function: Any) -> Any:
-        def watching(*args: Any, **keywords: Any) -> Any:
-            result = function(*args, **keywords)
-            self._reach((args, result))
-            return result
-
-        return watching
-
-    def _closing(self, function: Any) -> Any:
-        def closing(*args: Any) -> None:
-            try:
-                function(*args)
-            finally:
-                self.runtime.unregister(*self.reached)
-                self.reached.clear()
-
-        return closing
+    runtime.clear()
+    loss = fused_mixce_loss(logits, targets, backend="cuda")
+    assert_counted("forward")
+    torch.autograd.grad(loss, logits)
+    assert_counted("backward")
+    fused_mixce_loss(logits, targets, grad_in_forward=True, backend="cuda")
+    assert_counted("grad_in_forward")
 
 
 def main() -> None:
@@ -96,10 +80,12 @@ def main() -> None:
     runtime.attach(str(library))
     from inputs import build
     from test_loss import check
+    from test_stats import check_statistics
+    from watched import Watched
 
     from mixce_kernels import fused_mixce_loss
 
-    Watched(runtime)
+    Watched(runtime.register, runtime.unregister)
     kernels = {name for module in runtime.modules for name in module.kernels}
     for order, seed in ORDERS:
         ptx_on_cpu.configure(order=order, seed=seed, races=True)
@@ -110,7 +96,9 @@ def main() -> None:
             loss = fused_mixce_loss(
                 inputs.logits, inputs.targets, inputs.eta, backend="cuda", return_stats=stats, **inputs.keywords
             )
-            loss = loss[0] if stats else loss
+            if stats:
+                loss, statistics = loss
+                check_statistics(case, statistics)
             (grad,) = torch.autograd.grad(loss, inputs.logits, inputs.upstream)
             check(fresh, fresh.oracle(), loss, grad)
             launched |= {launch["kernel"] for launch in runtime.launches()}
@@ -123,6 +111,10 @@ def main() -> None:
             (grad,) = torch.autograd.grad(loss.sum(), logits)
             assert loss.isnan().tolist() == grad.isnan().all(1).tolist() == [False, True, True, True]
             assert not grad[0].isnan().any()
+    ptx_on_cpu.configure(order="forward", races=False)
+    runtime.apply()
+    for vocab_size in (50257, 128256):
+        check_figures(runtime, vocab_size)
     print("ran", len(kernels), "kernels")
 
 

@@ -84,6 +84,26 @@ def test_extension_is_the_emulated_one() -> None:
     assert _C.cuda_device(0)[0] == archs[os.environ["CUDA_ON_CPU_DEVICE"]]
 
 
+@emulated
+def test_launches_are_for_the_code_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PTX of sm_80 runs on a later device, and has no clusters there; code for none of its kind is a reason."""
+    from mixce_kernels import fused_mixce_loss
+    from mixce_kernels.backends import cuda
+
+    device_arch = cuda._device(0).arch
+    monkeypatch.setenv("CUDA_ON_CPU_CODE", "80")
+    cuda._device.cache_clear()
+    assert cuda._device(0).arch == 80
+    monkeypatch.delenv("CUDA_ON_CPU_CODE")
+    cuda._device.cache_clear()
+    assert cuda._device(0).arch == device_arch
+    monkeypatch.setenv("CUDA_ON_CPU_CODE", "0")
+    with pytest.raises(
+        RuntimeError, match=r"it was built for other compute capabilities \(MIXCE_CUDA_ARCHS\) than cuda"
+    ):
+        fused_mixce_loss(torch.zeros(1, 2), torch.tensor([0]), backend="cuda")
+
+
 def guarded(values: Tensor, *, at_end: bool) -> Tensor:
     """A copy between two inaccessible pages, in touch with the first or, at its end, with the second one."""
     size = values.numel() * values.element_size()

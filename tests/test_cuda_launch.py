@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 
@@ -96,3 +98,10 @@ def test_parts_leave_the_busiest_multiprocessor_least() -> None:
     assert rows_launch(64, 2 * 50257, DEVICES["H100"]) == RowLaunch(2)
     assert rows_launch(1, 2 * 1_000_000, DEVICES["H100"]) == RowLaunch(122)
     assert rows_launch(0, 2 * 50257, DEVICES["H100"]) == RowLaunch(1)
+
+
+def test_block_bytes_are_those_of_the_kernels() -> None:
+    source = (Path(__file__).parents[1] / "csrc" / "cuda" / "row_stats.cuh").read_text()
+    (threads,) = re.findall(r"kThreads = (\d+);", source)
+    (unroll,) = re.findall(r"kUnroll = .*: (\d+);", source)
+    assert int(threads) * int(unroll) * VECTOR_BYTES == BLOCK_BYTES

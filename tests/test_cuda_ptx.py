@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from test_triton_ptx import FOLDER, needs_ptx_on_cpu
+
+from mixce_kernels.backends import native
 
 pytest.importorskip("pybind11")
 
@@ -31,3 +34,16 @@ def test_every_kernel_in_three_orders(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, TESTS / "cuda_on_ptx.py"], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-1000:] + run.stderr[-4000:]
     assert run.stdout.endswith("ran 76 kernels\n"), run.stdout
+
+
+@pytest.mark.skipif(not native.HAS_CUDA, reason="the extension was built without CUDA")
+def test_no_kernel_spills_on_any_architecture() -> None:
+    """Neither registers nor arrays go to local memory, in any machine code of the installed extension."""
+    triton = pytest.importorskip("triton")
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [cuobjdump, "--dump-resource-usage", native._C.__file__]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"arch = (sm_\d+)", usage)) == {"sm_80", "sm_90", "sm_100", "sm_120"}
+    places = re.findall(r"(STACK|LOCAL):(\d+)", usage)
+    assert len(places) == 2 * 4 * 76
+    assert {size for _, size in places} == {"0"}, usage

@@ -29,30 +29,37 @@ STATISTICS = [
     for size in (1, 2, 7, 2047, 2048, 2049)
     for dtype in DTYPES
 ]  # fmt: skip
+STATISTICS += [Case("stats_one_dimension", shape=(300,), dtype=dtype) for dtype in DTYPES]
 STATISTICS += [case for case in cases.SIZES if case.shape[0] == 0]
 
 
 @pytest.mark.parametrize("case", STATISTICS[::5] if INTERPRETED else STATISTICS, ids=str)
 def test_statistics(case: Case, backend: str, device: str) -> None:
-    """Each within float32's rounding of the oracle's; 0 where ignored, NaN where the row is."""
+    """Of every case, held to the oracle's."""
     moved = build(case).to(device)
     _, stats = fused_mixce_loss(
         moved.logits, moved.targets, moved.eta, return_stats=True, backend=backend, **moved.keywords
     )
+    check_statistics(case, stats)
+
+
+def check_statistics(case: Case, stats: MixCEStats) -> None:
+    """Each within float32's rounding of the oracle's; 0 where ignored, NaN where the row is."""
+    inputs = build(case)
+    expected = inputs.oracle()
     assert isinstance(stats, MixCEStats)
-    expected = build(case).oracle()
     dtype = accumulate_dtype(case.dtype)
     epsilon = torch.finfo(dtype).eps
     # nll, lse and entropy are differences of numbers as large as the row's finite logits: that is what a float32 of
     # theirs may be off by, and q and the weight, as exp(-nll), by as much relative to themselves.
-    finite = build(case).flat_logits.double().nan_to_num(0, 0, 0).abs()
+    finite = inputs.flat_logits.double().nan_to_num(0, 0, 0).abs()
     spread = float(finite.max()) if finite.numel() else 0.0
     spread = min(spread, case.options.softcap or spread) * case.options.logit_scale + np.log(case.shape[-1]) + 1
     for name in ("nll", "q", "weight", "lse", "entropy"):
         result = getattr(stats, name)
         assert not result.requires_grad
         assert result.dtype == dtype
-        assert result.shape == moved.targets.shape
+        assert result.shape == inputs.targets.shape
         wide = getattr(expected, name)
         magnitude = np.abs(wide) if name in ("q", "weight") else 1.0
         got = to_numpy(result.reshape(-1), wide.dtype)
@@ -66,7 +73,7 @@ def test_statistics(case: Case, backend: str, device: str) -> None:
         bound = np.broadcast_to(8 * epsilon * spread * magnitude + 1e-37, error.shape)
         assert (error <= bound)[finite_entries].all(), f"{name}: {error[finite_entries].max()} of {bound.max()}"
     assert stats.correct.dtype == torch.bool
-    assert stats.correct.shape == moved.targets.shape
+    assert stats.correct.shape == inputs.targets.shape
     assert (stats.correct.reshape(-1).cpu().numpy() == expected.correct).all()
 
 

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+from figures import FIGURES, assert_figures
 from triton_check import check, confident_inputs
 
 from mixce_kernels import fused_mixce_loss
@@ -35,12 +36,6 @@ CASES: list[tuple[tuple[int, int], torch.dtype, dict[str, Any], str | None]] = [
     ((3, 33333), torch.float32, BOTH, CLUSTER),
     ((3, 16500), torch.float64, {"grad_in_forward": True}, CLUSTER),
 ]
-# Of a logit of bfloat16: bytes loaded, bytes stored, exponentials, PTX instructions, at most.
-FIGURES = {
-    "forward": (2.12, 0.01, 1.08, 11.0),
-    "logits_grad": (2.12, 2.01, 1.02, 11.0),
-    "grad_in_forward": (2.12, 2.01, 2.1, 22.0),
-}
 
 
 def path_of(counters: dict[str, Any], n_ctas: int, row_bytes: float) -> str:
@@ -91,18 +86,8 @@ def check_figures(launches: list[Any]) -> None:
         launches.clear()
         fused_mixce_loss(logits, targets, backend="triton").backward()
         fused_mixce_loss(logits, targets, grad_in_forward=True, backend="triton")
-        for name, launch in zip(FIGURES, launches, strict=True):
-            counters = launch.counters
-            loaded, stored, exponentials, instructions = (bound * logits.numel() for bound in FIGURES[name])
-            message = (name, vocab_size, counters)
-            assert counters["unique_loaded_bytes"] <= 2.01 * logits.numel(), message
-            assert counters["global_loaded_bytes"] <= loaded, message
-            assert counters["global_stored_bytes"] <= stored, message
-            assert counters["special_ops"] <= exponentials, message
-            assert counters["instructions"] <= instructions, message
-            moved = counters["global_loaded_bytes"] + counters["global_stored_bytes"]
-            in_vectors = 16 * (counters["global_loads"].get(16, 0) + counters["global_stores"].get(16, 0))
-            assert in_vectors >= 0.95 * moved, message
+        for step, launch in zip(FIGURES["triton"], launches, strict=True):
+            assert_figures("triton", step, launch.counters, logits.numel())
 
     # Rows whose factor is 1 are neither read nor written: each thread reads the factor alone.
     launches.clear()

@@ -35,7 +35,7 @@ MIXCE_INLINE Capped<FloatVector> capped(FloatVector::Reg x, const Transform<floa
   const V::Reg expm1 = V::fma(V::mul(parts.power, parts.p), parts.f, V::sub(parts.power, V::set(1.0f)));
   const V::Reg inverse = V::div(V::set(1.0f), V::add(expm1, V::set(2.0f)));
   const V::Reg tanh_magnitude = V::mul(V::sub(V::set(0.0f), expm1), inverse);
-  const V::Reg exponential = V::add(expm1, V::set(1.0f));
+  const V::Reg exponential = V::fma(V::mul(parts.power, parts.p), parts.f, parts.power);
   const V::Reg slope = V::mul(V::mul(V::set(4.0f), exponential), V::mul(inverse, inverse));
   return {V::mul(V::set(transform.cap), V::with_sign_of(tanh_magnitude, u)), slope};
 }

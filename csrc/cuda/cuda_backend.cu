@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "cuda_backend.h"
 #include "launch.h"
 #include "row_kernels.cuh"
@@ -55,14 +57,32 @@ void forward(const RowParams& params, const ForwardParams& forward, const CudaLa
   }
 }
 
-}  // namespace
-
-int cuda_device_count() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
-  cudaGetLastError();
-  return 0;
+// The architecture that the code was compiled for which runs on a device, 0 if the build holds none for it:
+// PTX of an older architecture runs too, but without what came later.
+int code_arch(int device, int device_arch) {
+  int current = 0;
+  check_cuda(cudaGetDevice(&current), "asking for the device");
+  check_cuda(cudaSetDevice(device), "selecting the device");
+  cudaFuncAttributes attributes = {};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, merge_kernel<float, false, false>);
+  check_cuda(cudaSetDevice(current), "selecting the device");
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    cudaGetLastError();
+    return 0;
+  }
+  check_cuda(error, "asking for the kernels' architecture");
+  int arch = std::min(device_arch, attributes.ptxVersion);
+#ifdef __CUDA_ARCH_LIST__
+  int newest = 0;
+  for (const int compiled : {__CUDA_ARCH_LIST__}) {
+    if (compiled / 10 <= device_arch) newest = std::max(newest, compiled / 10);
+  }
+  arch = std::min(arch, newest);
+#endif
+  return arch;
 }
+
+}  // namespace
 
 CudaDevice cuda_device(int device) {
   auto attribute = [&](cudaDeviceAttr which) {
@@ -70,8 +90,10 @@ CudaDevice cuda_device(int device) {
     check_cuda(cudaDeviceGetAttribute(&value, which, device), "asking for a property of the device");
     return value;
   };
-  return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-          attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
+  const int arch =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor);
+  return {arch, code_arch(device, arch), attribute(cudaDevAttrMultiProcessorCount),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor)};
 }
 

@@ -17,12 +17,12 @@ struct CudaLaunch {
 };
 
 struct CudaDevice {
-  int arch;  // 90 for compute capability 9.0
+  int arch;       // 90 for compute capability 9.0
+  int code_arch;  // what the code was compiled for that runs there; 0: the build holds none
   int multiprocessors;
   int shared_per_block, shared_per_multiprocessor;  // bytes
 };
 
-int cuda_device_count();
 CudaDevice cuda_device(int device);
 // Bytes of shared memory that a block needs beside the row it holds, and of a partial of a row.
 int cuda_state_bytes(DType dtype);

@@ -47,7 +47,7 @@ __device__ __forceinline__ void write_zeros(const RowParams& p, uint32_t row, in
 
 // Pass 1, epilogue and, with kPass2, pass 2. Reads each logit once, from shared memory or L2 a second time;
 // writes 6 numbers a row and the gradient. The blocks of a split row meet in distributed shared memory where
-// they are a cluster (with kPass2), else they leave their partials to merge_kernel.
+// they are a cluster (with kFromShared), or leave their partials to merge_kernel (with kNone).
 template <typename T, bool kCap, bool kMoments, Pass2 kPass2>
 __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments && kPass2 == Pass2::kNone>))
     forward_kernel(const RowParams row_params, const ForwardParams forward_params, const Launch launch) {
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   __syncthreads();
 
   // Epilogue.
-  const bool cluster = kPass2 != Pass2::kNone && launch.parts > 1;
+  const bool cluster = kPass2 == Pass2::kFromShared && launch.parts > 1;
   if (threadIdx.x < kWarpSize) {
     accumulator.part = merge_parts<kMoments>(
         kWarps, [&](int i) -> const auto& { return shared.warps[i]; }, accumulator.exponential);

@@ -6,8 +6,8 @@
 namespace mixce {
 
 // 256 threads: a multiprocessor holds five such blocks of a plain pass or three of another, so that one's
-// reduction hides behind the others' loads, and a row of 32,000 logits still leaves a thread more of them than
-// its share of the reduction costs.
+// reduction hides behind the others' loads, and a row of 32,000 logits still leaves a thread more of them
+// than its share of the reduction costs.
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarpSize;
 // Vectors of a thread under way at once. Four are 16 KiB a block: two blocks cover the latency of an H100 (25

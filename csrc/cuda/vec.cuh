@@ -190,8 +190,7 @@ struct Capped {
 __device__ __forceinline__ Capped<float> capped(float x, const Softcap<float>& softcap) {
   const float u = softcap.tanh_scale * x;
   // expm1(-2|u|) = 2^n * p * f + (2^n - 1), with n the nearest integer and 1 + p * f of least maximal error
-  // on
-  // [-1/2, 1/2]; tanh|u| = -expm1 / (expm1 + 2). The comparison lets a NaN pass.
+  // on [-1/2, 1/2]; tanh|u| = -expm1 / (expm1 + 2). The comparison lets a NaN pass.
   const float unbounded = fabsf(u) * -2.885390081777927f;
   const float t = unbounded < -127.0f ? -127.0f : unbounded;
   const float shifted = t + (0x1.8p23f + 127.0f);
@@ -202,9 +201,9 @@ __device__ __forceinline__ Capped<float> capped(float x, const Softcap<float>& s
   p = fmaf(f, p, 0x1.c6aee8p-5f);
   p = fmaf(f, p, 0x1.ebfbdcp-3f);
   p = fmaf(f, p, 0x1.62e430p-1f);
-  const float expm1 = fmaf(power * p, f, power - 1.0f);
+  const float expm1 = fmaf(power * p, f, power - 1.0f), exponential = fmaf(power * p, f, power);
   const float inverse = ptx::reciprocal_approx(expm1 + 2.0f);
-  return {softcap.cap * copysignf(-expm1 * inverse, u), 4.0f * (expm1 + 1.0f) * (inverse * inverse)};
+  return {softcap.cap * copysignf(-expm1 * inverse, u), 4.0f * exponential * (inverse * inverse)};
 }
 __device__ __forceinline__ Capped<double> capped(double x, const Softcap<double>& softcap) {
   const double t = tanh(softcap.tanh_scale * x);

@@ -25,9 +25,9 @@ if native.HAS_CUDA:
     from mixce_kernels import _C
 
 _MIN_ARCH = 80
-# Blocks of a grid are counted in 31 bits, and a row may have several; columns are counted in 31 bits too.
+# Blocks of a grid are counted in 31 bits, and a row may have several; so are columns, some past a row's end included.
 _MAX_ROWS = (2**31 - 1) // MAX_CLUSTER
-_MAX_VOCAB_SIZE = 2**31 - 1
+_MAX_VOCAB_SIZE = 2**30
 
 
 def unavailable(logits: Tensor) -> str | None:
@@ -70,9 +70,9 @@ def forward(
     else:
         launch = grad_in_forward_launch(layout.number, row_bytes, state_bytes, device)
         if not aligned_alike(logits, layout, grad_logits, _rows(grad_logits), VECTOR_BYTES):
-            launch = RowLaunch(launch.parts)
-        if launch == RowLaunch(1) and layout.number < device.multiprocessors:
-            # Too few rows to keep the device busy, and no cluster to share one: two kernels that split them.
+            launch = RowLaunch(1)
+        if not launch.held_bytes and layout.number < device.multiprocessors:
+            # Rows to be read twice, and too few to keep the device busy: two kernels that split them into more parts.
             assert grad_loss is not None
             forward(logits, targets, eta, eta_value, options, results, None, None)
             logits_grad(logits, targets, results[1], grad_loss, options, grad_logits)
@@ -116,17 +116,21 @@ def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
 def _device_unsuited(index: int) -> str | None:
     """Why the kernels cannot run on a device; a compiler, which cannot look into the extension, takes it as it is."""
     try:
-        arch = _device(index).arch
+        arch, code_arch, *_ = _C.cuda_device(index)
     except RuntimeError as error:
         return str(error)
+    capability = f"cuda:{index} has {arch // 10}.{arch % 10}"
     if arch < _MIN_ARCH:
-        return f"it needs compute capability 8.0 or newer, and cuda:{index} has {arch // 10}.{arch % 10}"
+        return f"it needs compute capability 8.0 or newer, and {capability}"
+    if code_arch == 0:
+        return f"it was built for other compute capabilities (MIXCE_CUDA_ARCHS) than {capability}"
     return None
 
 
 @functools.cache
 def _device(index: int) -> Device:
-    return Device(*_C.cuda_device(index))
+    _, *facts = _C.cuda_device(index)
+    return Device(*facts)
 
 
 def _index(tensor: Tensor) -> int:

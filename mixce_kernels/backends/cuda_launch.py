@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-# Of a row, what a block must have at the least: kUnroll vectors of 16 bytes for each of its kThreads threads.
+# Of a row, what a block must have at the least: kUnroll vectors of 16 bytes, two in float64, for each of its threads.
 BLOCK_BYTES = 4 * 16 * 256
 # More blocks in a cluster than this are not portable.
 MAX_CLUSTER = 8
@@ -20,7 +20,7 @@ VECTOR_BYTES = 16
 
 
 class Device(NamedTuple):
-    """What a launch depends on; `arch` is 90 for compute capability 9.0, shared memory in bytes."""
+    """What a launch depends on; `arch` is 90 for code compiled for compute capability 9.0, shared memory in bytes."""
 
     arch: int
     multiprocessors: int
@@ -29,10 +29,7 @@ class Device(NamedTuple):
 
 
 class RowLaunch(NamedTuple):
-    """`parts` blocks a row, a cluster where pass 2 follows in the same kernel.
-
-    `held_bytes` of the row stay in each block's shared memory for pass 2; 0: it reads them again.
-    """
+    """`parts` blocks a row, a cluster where they hold it: `held_bytes` of it stay in each one's shared memory."""
 
     parts: int
     held_bytes: int = 0
@@ -61,7 +58,7 @@ def grad_in_forward_launch(n_rows: int, row_bytes: int, state_bytes: int, device
 
     The fewest blocks of a cluster whose shares fit two blocks to a multiprocessor, so that one reads while the other
     writes; else the fewest whose shares fit at all. Rows fewer than the multiprocessors get more blocks each. Where no
-    cluster can hold the row, pass 2 reads it again, mostly from L2.
+    cluster can hold the row, one block reads it again for pass 2, from L2 as far as that still has it.
     """
     clusters = [1, 2, 4, MAX_CLUSTER] if device.arch >= MIN_CLUSTER_ARCH else [1]
     wanted = 1
@@ -73,4 +70,4 @@ def grad_in_forward_launch(n_rows: int, row_bytes: int, state_bytes: int, device
             held_bytes = -(-row_bytes // (VECTOR_BYTES * parts)) * VECTOR_BYTES
             if held_bytes + state_bytes <= limit:
                 return RowLaunch(parts, held_bytes)
-    return RowLaunch(wanted)
+    return RowLaunch(1)

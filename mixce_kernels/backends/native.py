@@ -84,7 +84,7 @@ def forward_params(
     eta, eta_stride = (None, 0) if eta is None else flat(eta.to(dtype))
     grad_loss, grad_loss_stride = (None, 0) if grad_loss is None else flat(grad_loss.to(dtype))
     targets = targets.contiguous()
-    with_stats = stats.dim() > 1
+    with_stats = stats.shape[0] > 0
     rows = row_params(
         logits, targets, state, options, grad_loss, grad_loss_stride, grad_logits, threads=threads, stream=stream
     )

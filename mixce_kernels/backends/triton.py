@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixce_kernels.backends.rows import Rows, flat, rows_of
+from mixce_kernels.backends.rows import Rows, aligned_alike, flat, rows_of
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.triton_kernels.launch import VECTOR_BYTES, row_config, tile_config
 
 _WARP_SIZE = 64 if torch.version.hip else 32
+# Columns are counted in 31 bits, a block of them past a row's end included.
+_MAX_VOCAB_SIZE = 2**30
 
 
 def unavailable(logits: Tensor) -> str | None:
@@ -26,6 +28,8 @@ def unavailable(logits: Tensor) -> str | None:
             return "it runs on CUDA and ROCm tensors (on the CPU under TRITON_INTERPRET=1), and the logits are on cpu"
     elif logits.device.type != "cuda":
         return f"it runs on CUDA and ROCm tensors, and the logits are on {logits.device}"
+    if logits.shape[-1] > _MAX_VOCAB_SIZE:
+        return f"it takes at most {_MAX_VOCAB_SIZE} logits a row, and these are {logits.shape[-1]}"
     return _import_problem()
 
 
@@ -49,11 +53,12 @@ def forward(
     eta_entries, eta_stride = (loss, 0) if eta is None else flat(eta)
     upstream, upstream_stride = (loss, 0) if grad_loss is None else flat(grad_loss)
     vocab_size = logits.shape[-1]
-    with_stats = stats.dim() > 1
+    with_stats = stats.shape[0] > 0
     with _device_of(logits):
-        arch = _arch() if has_grad and same_window else 0
+        may_hold = has_grad and same_window
+        arch = _arch() if may_hold else 0
         with_options = options.softcap is not None or options.label_smoothing > 0
-        config = row_config(vocab_size, logits.element_size(), has_grad, with_stats, with_options, _WARP_SIZE, arch)
+        config = row_config(vocab_size, logits.element_size(), may_hold, with_stats, with_options, _WARP_SIZE, arch)
         partial = loss.new_empty((rows.number, 6, config.n_ctas)) if config.n_ctas > 1 else loss
         _forward_kernel()[(rows.number,)](
             logits,
@@ -88,7 +93,7 @@ def forward(
             SMOOTH=options.label_smoothing > 0,
             STATS=with_stats,
             SAME_WINDOW=same_window,
-            HELD=config.n_steps if config.held and same_window else None,
+            HELD=config.n_steps if config.held else None,
             CTAS=config.n_ctas,
             STACK=config.stack,
             LANES=config.lanes,
@@ -224,13 +229,7 @@ def _grad_layout(logits: Tensor, rows: Rows, grad_logits: Tensor | None) -> tupl
     if grad_logits is None or grad_logits is logits:
         return logits, rows, True
     grad_rows = _rows(grad_logits)
-    vector = VECTOR_BYTES // logits.element_size()
-    bases = (logits.data_ptr() - grad_logits.data_ptr()) % VECTOR_BYTES == 0
-    if rows.inner == grad_rows.inner:
-        strides = all((a - b) % vector == 0 for a, b in zip(rows[2:], grad_rows[2:], strict=True))
-    else:
-        strides = all(stride % vector == 0 for stride in (*rows[2:], *grad_rows[2:]))
-    return grad_logits, grad_rows, bases and strides
+    return grad_logits, grad_rows, aligned_alike(logits, rows, grad_logits, grad_rows, VECTOR_BYTES)
 
 
 def _transform(options: TokenOptions) -> tuple[float, float, float, float]:

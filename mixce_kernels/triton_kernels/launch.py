@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 # The widest access there is: the fewest instructions a byte.
 VECTOR_BYTES = 16
-# Blocks of a cluster: every GPU with clusters can run 8.
+# Programs of a cluster: more of them are not portable.
 MAX_CTAS = 8
 # Vectors a thread has in flight, to hide memory's latency: one exponential for the running maximum to so many logits.
 _STACK = {2: 4, 4: 8, 8: 2}
@@ -26,7 +26,8 @@ _MAX_HELD_SPARING = 20
 _MAX_HELD_WITH_OPTIONS = 4
 # Two programs for a multiprocessor with few rows; more of them would only repeat the reading of a row's terms.
 _TILE_PROGRAMS = 256
-_REGISTERS = 65536  # of an NVIDIA multiprocessor
+# Of a thread, all that NVIDIA's have: told so, ptxas spills none to run more programs at once.
+_MAX_REGISTERS = 255
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,7 @@ def row_config(
     step = n_ctas * lanes * vector
     n_steps = _steps(vocab_size, step, vector)
     rest = _rest(vocab_size, n_steps * step, n_ctas * lanes)
-    # ptxas would sooner spill a few registers than run fewer programs at once, unless told a number.
-    max_registers = min(255, _REGISTERS // lanes) if (with_stats or held) and warp_size == 32 else None
+    max_registers = _MAX_REGISTERS if (with_stats or held) and warp_size == 32 else None
     return RowConfig(_STACK[itemsize], lanes, vector, num_warps, n_ctas, n_steps, rest, held, max_registers)
 
 

@@ -32,7 +32,7 @@ def capped(x, cap, tanh_scale):
     below_one = expm1(-2.0 * tl.abs(u))  # tanh|u| = -below_one / (below_one + 2)
     inverse = 1.0 / (below_one + 2.0)
     tanh_magnitude = -below_one * inverse
-    slope = 4.0 * (below_one + 1.0) * (inverse * inverse)
+    slope = 4.0 * tl.exp(-2.0 * tl.abs(u)) * (inverse * inverse)
     return cap * tl.where(u < 0.0, -tanh_magnitude, tanh_magnitude), slope
 
 

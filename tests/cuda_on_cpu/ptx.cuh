@@ -73,7 +73,7 @@ inline float approximate(double exact, float x, double bound) {
 }
 inline float exp2_approx(float x) {
   if (flush(x) == 0) return 1;
-  return approximate(exp2(static_cast<double>(x)), x, 0x1.6a09e6p-23);  // 2^-22.5
+  return approximate(exp2(static_cast<double>(x)), x, 0x1p-22);
 }
 inline float reciprocal_approx(float x) { return approximate(1 / static_cast<double>(flush(x)), x, 0x1p-23); }
 

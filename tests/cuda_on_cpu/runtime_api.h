@@ -203,6 +203,23 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, 
   return cudaSuccess;
 }
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+// CUDA_ON_CPU_CODE is the architecture that the code passes for, 80 for sm_80, by default the device's; 0:
+// none.
+template <typename T>
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, T*) {
+  const cuda_on_cpu::Device* device = cuda_on_cpu::device();
+  if (device == nullptr) return cudaErrorInvalidDevice;
+  const char* code = getenv("CUDA_ON_CPU_CODE");
+  attributes->ptxVersion = code == nullptr ? 10 * device->major + device->minor : atoi(code);
+  return attributes->ptxVersion > 0
+             ? cudaSuccess
+             : cuda_on_cpu::fail(cudaErrorNoKernelImageForDevice, "no kernel image for the device");
+}
+
 template <typename T>
 inline cudaError_t cudaFuncSetAttribute(T* kernel, cudaFuncAttribute attribute, int value) {
   const cuda_on_cpu::Device* device = cuda_on_cpu::device();
