@@ -43,6 +43,13 @@ def rows_of(tensor: Tensor) -> Rows | None:
     return Rows(count, inner, outer_stride, inner_stride)
 
 
+def reachable_rows(tensor: Tensor) -> Rows:
+    """The rows of a tensor [..., V] that two strides reach, as those that come to a backend are."""
+    rows = rows_of(tensor)
+    assert rows is not None, "rows must be reachable by two strides"
+    return rows
+
+
 def overlaps_itself(tensor: Tensor) -> bool:
     """Whether two elements may share memory, as those of `Tensor.expand` or of sliding windows do."""
     reach = 0  # of the dimensions with smaller strides

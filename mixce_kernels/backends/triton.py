@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixce_kernels.backends.rows import Rows, aligned_alike, flat, rows_of
+from mixce_kernels.backends.rows import Rows, aligned_alike, flat, reachable_rows
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.triton_kernels.launch import VECTOR_BYTES, row_config, tile_config
 
@@ -45,7 +45,7 @@ def forward(
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `backends.Backend`."""
     loss, state, stats, correct = results
-    rows = _rows(logits)
+    rows = reachable_rows(logits)
     if rows.number == 0:
         return
     has_grad = grad_logits is not None and grad_loss is not None
@@ -115,7 +115,7 @@ def logits_grad(
     grad_logits: Tensor,  # [..., V]
 ) -> None:
     """The gradient from the state of the forward: see `backends.Backend`."""
-    rows = _rows(logits)
+    rows = reachable_rows(logits)
     if rows.number == 0:
         return
     out, grad_rows, same_window = _grad_layout(logits, rows, grad_logits)
@@ -155,7 +155,7 @@ def logits_grad(
 
 def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
     """Scales the rows of a gradient in place: see `backends.Backend`."""
-    rows = _rows(grad_logits)
+    rows = reachable_rows(grad_logits)
     if rows.number == 0:
         return
     upstream, upstream_stride = flat(grad_loss)
@@ -218,17 +218,11 @@ def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _rows(tensor: Tensor) -> Rows:
-    rows = rows_of(tensor)
-    assert rows is not None, "rows must be reachable by two strides"
-    return rows
-
-
 def _grad_layout(logits: Tensor, rows: Rows, grad_logits: Tensor | None) -> tuple[Tensor, Rows, bool]:
     """The gradient, its rows, and whether each of them lies as its row of logits does to a 16-byte boundary."""
     if grad_logits is None or grad_logits is logits:
         return logits, rows, True
-    grad_rows = _rows(grad_logits)
+    grad_rows = reachable_rows(grad_logits)
     return grad_logits, grad_rows, aligned_alike(logits, rows, grad_logits, grad_rows, VECTOR_BYTES)
 
 
