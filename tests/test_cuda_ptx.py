@@ -43,7 +43,7 @@ def test_no_kernel_spills_on_any_architecture() -> None:
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     command = [cuobjdump, "--dump-resource-usage", native._C.__file__]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert set(re.findall(r"arch = (sm_\d+)", usage)) == {"sm_80", "sm_90", "sm_100", "sm_120"}
-    places = re.findall(r"(STACK|LOCAL):(\d+)", usage)
-    assert len(places) == 2 * 4 * 76
-    assert {size for _, size in places} == {"0"}, usage
+    # The CUDA runtime inside has kernels of its own.
+    kernels = re.findall(r"Function (_ZN5mixce\w+):\s+REG:\d+ STACK:(\d+) .*?LOCAL:(\d+)", usage)
+    assert len(kernels) == 4 * 76
+    assert {place for _, *places in kernels for place in places} == {"0"}, usage

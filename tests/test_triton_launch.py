@@ -59,7 +59,7 @@ def test_which_rows_are_read_once() -> None:
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("n_rows", [1, 8, 64, 1024, 100_000])
 def test_tiles_cover_the_row_once(n_rows: int, vocab_size: int, itemsize: int, warp_size: int) -> None:
-    config = tile_config(n_rows, vocab_size, itemsize, warp_size)
+    config = tile_config(n_rows, vocab_size, itemsize, warp_size=warp_size)
     step = config.lanes * config.vector
     assert config.lanes == config.num_warps * warp_size
     assert config.n_tiles * config.tile_steps >= config.n_steps

@@ -82,9 +82,12 @@ def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
         if row.max_registers is not None:
             options["maxnreg"] = row.max_registers
     else:
-        tile = tile_config(4096, variant.vocab_size, itemsize, target.warp_size)
+        with_softcap = variant.kernel == "logits_grad" and constants["CAP"]
+        tile = tile_config(4096, variant.vocab_size, itemsize, with_softcap, target.warp_size)
         constants |= {"STACK": tile.stack, "LANES": tile.lanes, "VECTOR": tile.vector, "REST": tile.rest}
         options = {"num_warps": tile.num_warps}
+        if tile.max_registers is not None:
+            options["maxnreg"] = tile.max_registers
 
     pointers = {"logits_ptr": variant.dtype, "grad_ptr": variant.dtype, "targets_ptr": "i64", "correct_ptr": "i1"}
     signature, constexprs = {}, {}

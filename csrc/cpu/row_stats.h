@@ -84,6 +84,11 @@ MIXCE_INLINE float block_maximum(const Half* x, int64_t size) {
   return block_maximum_16<V>(x, size);
 }
 
+// Elements whose sums stay in lanes of float32, 32 additions to a lane: one that holds the exponential of a
+// confident target loses digits of all that is added to it.
+template <typename V>
+constexpr int64_t kSumBlock = 32 * 2 * V::kWidth < kBlock ? 32 * 2 * V::kWidth : kBlock;
+
 template <typename V>
 struct BlockSums {
   typename V::Reg exp, shifted, exp_shifted;
@@ -186,8 +191,11 @@ MIXCE_INLINE RowStats<typename V::Real> row_stats(const T* x, int64_t vocab_size
     if constexpr (kKeep) kept[vocab_size + begin / kBlock] = stats.m;
     // Before the first finite logit any finite reference will do.
     const Real reference = stats.m == lowest ? 0 : stats.m;
-    add_block<V, T, kCap, kMoments, kKeep>(x + begin, size, reference, transform, exponential, kept + begin,
-                                           stats.sums);
+    for (int64_t i = begin; i < begin + size; i += kSumBlock<V>) {
+      const int64_t rest = begin + size - i;
+      add_block<V, T, kCap, kMoments, kKeep>(x + i, rest < kSumBlock<V> ? rest : kSumBlock<V>, reference,
+                                             transform, exponential, kept + i, stats.sums);
+    }
   });
   return stats;
 }

@@ -121,7 +121,8 @@ def logits_grad(
     out, grad_rows, same_window = _grad_layout(logits, rows, grad_logits)
     upstream, upstream_stride = flat(grad_loss)
     vocab_size = logits.shape[-1]
-    config = tile_config(rows.number, vocab_size, logits.element_size(), _WARP_SIZE)
+    with_softcap = options.softcap is not None
+    config = tile_config(rows.number, vocab_size, logits.element_size(), with_softcap, _WARP_SIZE)
     with _device_of(logits):
         _gradient_kernels().logits_grad_kernel[(rows.number * config.n_tiles,)](
             logits,
@@ -143,13 +144,14 @@ def logits_grad(
             config.n_tiles,
             config.tile_steps,
             *_transform(options),
-            CAP=options.softcap is not None,
+            CAP=with_softcap,
             SAME_WINDOW=same_window,
             STACK=config.stack,
             LANES=config.lanes,
             VECTOR=config.vector,
             REST=config.rest,
             num_warps=config.num_warps,
+            **({} if config.max_registers is None else {"maxnreg": config.max_registers}),
         )
 
 
@@ -160,7 +162,7 @@ def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
         return
     upstream, upstream_stride = flat(grad_loss)
     vocab_size = grad_logits.shape[-1]
-    config = tile_config(rows.number, vocab_size, grad_logits.element_size(), _WARP_SIZE)
+    config = tile_config(rows.number, vocab_size, grad_logits.element_size(), warp_size=_WARP_SIZE)
     with _device_of(grad_logits):
         _gradient_kernels().scale_rows_kernel[(rows.number * config.n_tiles,)](
             grad_logits,

@@ -65,6 +65,7 @@ class TileConfig:
     lanes: int
     vector: int
     num_warps: int
+    max_registers: int | None
 
 
 def row_config(
@@ -101,11 +102,13 @@ def row_config(
     step = n_ctas * lanes * vector
     n_steps = _steps(vocab_size, step, vector)
     rest = _rest(vocab_size, n_steps * step, n_ctas * lanes)
-    max_registers = _MAX_REGISTERS if (with_stats or held) and warp_size == 32 else None
+    max_registers = _MAX_REGISTERS if (with_stats or with_options or held) and warp_size == 32 else None
     return RowConfig(_STACK[itemsize], lanes, vector, num_warps, n_ctas, n_steps, rest, held, max_registers)
 
 
-def tile_config(n_rows: int, vocab_size: int, itemsize: int, warp_size: int = 32) -> TileConfig:
+def tile_config(
+    n_rows: int, vocab_size: int, itemsize: int, with_softcap: bool = False, warp_size: int = 32
+) -> TileConfig:
     """The launch of the kernels without a sum over the row: tiles of a row are programs of their own."""
     vector = VECTOR_BYTES // itemsize
     num_warps = _warps(vocab_size, vector, warp_size)
@@ -117,7 +120,8 @@ def tile_config(n_rows: int, vocab_size: int, itemsize: int, warp_size: int = 32
     blocks_per_tile = -(-n_blocks // min(n_blocks, -(-_TILE_PROGRAMS // n_rows)))
     n_tiles = -(-n_blocks // blocks_per_tile)
     rest = _rest(vocab_size, n_steps * step, lanes)
-    return TileConfig(n_tiles, blocks_per_tile * stack, n_steps, rest, stack, lanes, vector, num_warps)
+    max_registers = _MAX_REGISTERS if with_softcap and warp_size == 32 else None
+    return TileConfig(n_tiles, blocks_per_tile * stack, n_steps, rest, stack, lanes, vector, num_warps, max_registers)
 
 
 def _steps(vocab_size: int, step: int, vector: int) -> int:
