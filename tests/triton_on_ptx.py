@@ -6,7 +6,11 @@ import sys
 from typing import Any
 
 import torch
+from cases import DTYPES, Case
 from figures import FIGURES, assert_figures
+from inputs import build
+from oracle import Options
+from test_stats import check_statistics
 from triton_check import check, confident_inputs
 
 from mixce_kernels import fused_mixce_loss
@@ -35,6 +39,17 @@ CASES: list[tuple[tuple[int, int], torch.dtype, dict[str, Any], str | None]] = [
     ((3, 33555), torch.float16, {"grad_in_forward": True, "z_loss": 1e-3}, CLUSTER),
     ((3, 33333), torch.float32, BOTH, CLUSTER),
     ((3, 16500), torch.float64, {"grad_in_forward": True}, CLUSTER),
+]
+
+
+# The statistics of each type: of rows past a block with every option, and of rows that are held for their gradient.
+STATISTICS = [
+    Case(f"ptx_{mode}", shape=(5, size), dtype=dtype, kind=kind, options=options, mode=mode)
+    for dtype in DTYPES
+    for mode, size, kind, options in (
+        ("plain", 5203, "masked", Options(label_smoothing=0.1, z_loss=1e-3, softcap=6.0, logit_scale=1.3)),
+        ("grad_in_forward", 700, "confident", Options()),
+    )
 ]
 
 
@@ -77,6 +92,16 @@ def check_results(launches: list[Any]) -> None:
         assert logits.grad.isnan().all(1).tolist() == logits.grad.isnan().any(1).tolist() == expected_nan
 
 
+def check_all_statistics() -> None:
+    """Each of them against the oracle."""
+    for case in STATISTICS:
+        inputs = build(case)
+        _, stats = fused_mixce_loss(
+            inputs.logits, inputs.targets, inputs.eta, backend="triton", return_stats=True, **inputs.keywords
+        )
+        check_statistics(case, stats)
+
+
 def check_figures(launches: list[Any]) -> None:
     """Speed that can be seen without a GPU: each logit is read once, in whole vectors, with few instructions."""
     n_rows = 64
@@ -117,6 +142,7 @@ def main() -> None:
         for order in ("forward", "reverse", "shuffled"):
             ptx_on_cpu.configure(order=order, seed=1, races=True)
             check_results(launches)
+            check_all_statistics()
         ptx_on_cpu.configure(order="forward", races=False)
         check_figures(launches)
         check_specialisation()
