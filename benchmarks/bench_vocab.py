@@ -15,20 +15,14 @@ and peaks are those of the caching allocator. Writes bench.csv, summary.md and p
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-import threading
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from contenders import MODES, contenders
 from goals import goals_text
+from jobs import Job, environment, integers, run_all, words
 from plan import (
     ALLOCATOR_ENVIRONMENT,
     ALLOCATOR_MEANING,
@@ -51,12 +45,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="all vocabularies in both types, both allocators for all")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--vocab", type=_integers, default=[], help="vocabulary sizes, as 50257,128256")
+    parser.add_argument("--vocab", type=integers, default=[], help="vocabulary sizes, as 50257,128256")
     parser.add_argument("--rows", type=int, default=0, help="tokens in every shape; default: what suits the device")
-    parser.add_argument("--dtypes", type=_words, default=[], help=f"of {','.join(DTYPES)},float16,float64")
-    parser.add_argument("--modes", type=_words, default=list(MODES), help=f"of {','.join(MODES)}")
-    parser.add_argument("--threads", type=_integers, default=[], help="as 1,2; default: one, and all cores")
-    parser.add_argument("--contenders", type=_words, default=[], help="names from the table; default: all that can run")
+    parser.add_argument("--dtypes", type=words, default=[], help=f"of {','.join(DTYPES)},float16,float64")
+    parser.add_argument("--modes", type=words, default=list(MODES), help=f"of {','.join(MODES)}")
+    parser.add_argument("--threads", type=integers, default=[], help="as 1,2; default: one, and all cores")
+    parser.add_argument("--contenders", type=words, default=[], help="names from the table; default: all that can run")
     parser.add_argument("--extra-contenders", type=Path, action="append", default=[], metavar="FILE",
                         help="a Python file that defines CONTENDERS, see contenders.py")  # fmt: skip
     parser.add_argument("--allocator", choices=("both", WARM, DEFAULT), default="both", help="of the CPU's memory")
@@ -89,20 +83,12 @@ def main() -> int:
     planned = cells(device, shape_list, threads, allocators, args.full)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    peak_jobs, time_jobs = _jobs(args, planned)
-    with _Progress([*peak_jobs, *time_jobs]) as progress:
-        # Load changes no peak: these run side by side, and leave torch.compile's disk cache filled for the others.
-        with ThreadPoolExecutor(max(len(peak_jobs), 1)) as pool:
-            peak_runs = list(pool.map(lambda job: _run(job, progress), peak_jobs))
-        time_runs = [_run(job, progress) for job in time_jobs]
-    complete = all(ended_well for _, ended_well in [*peak_runs, *time_runs])
-    peaks = [result for results, _ in peak_runs for result in results]
-    times = [result for results, _ in time_runs for result in results]
-    if not times:
+    measured = run_all(HERE / "worker.py", *_jobs(args, planned))
+    if not measured.times:
         raise SystemExit("expected at least one result, got none")
 
     path = args.out / "bench.csv"
-    write_csv(path, with_peaks(times, peaks), machine(device))
+    write_csv(path, with_peaks(measured.times, measured.peaks), machine(device))
     rows = read_csv(path)
     verdicts = goals_text(rows)
     (args.out / "summary.md").write_text(summary(rows, verdicts))
@@ -121,23 +107,7 @@ def main() -> int:
     except ImportError as error:
         print(f"no plots: {error}")
     ours_right = all(row["status"] == "ok" for row in rows if row["contender"].startswith("fused-"))
-    return 0 if complete and ours_right else 1
-
-
-def _words(text: str) -> list[str]:
-    return text.split(",")
-
-
-def _integers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What one child process does: the variables of its environment, and its input."""
-
-    environment: dict[str, str]
-    request: dict[str, Any]
+    return 0 if measured.complete and ours_right else 1
 
 
 def _jobs(args: argparse.Namespace, planned: list[Cell]) -> tuple[list[Job], list[Job]]:
@@ -157,83 +127,14 @@ def _jobs(args: argparse.Namespace, planned: list[Cell]) -> tuple[list[Job], lis
         if shape != OVERHEAD and not args.no_memory:
             peak_cells.setdefault(cell.threads, {}).setdefault(shape, vars(cell))
     peak_jobs = [
-        Job(_environment(PEAK_ENVIRONMENT, threads), {**common, "cells": list(members.values()), "peak": True})
+        Job(environment(PEAK_ENVIRONMENT, threads), {**common, "cells": list(members.values()), "peak": True})
         for threads, members in peak_cells.items()
     ]
     time_jobs = [
-        Job(_environment(ALLOCATOR_ENVIRONMENT[allocator], threads), {**common, "cells": members, "peak": False})
+        Job(environment(ALLOCATOR_ENVIRONMENT[allocator], threads), {**common, "cells": members, "peak": False})
         for (allocator, threads), members in time_cells.items()
     ]
     return peak_jobs, time_jobs
-
-
-def _environment(allocator: dict[str, str], threads: int) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    return {**kept, **allocator, "OMP_NUM_THREADS": str(threads)}
-
-
-def _run(job: Job, progress: _Progress) -> tuple[list[dict[str, Any]], bool]:
-    """The results of one child process, and whether it came to its end."""
-    command = [sys.executable, str(HERE / "worker.py")]
-    with subprocess.Popen(
-        command, env=job.environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
-        assert child.stdin is not None
-        assert child.stdout is not None
-        child.stdin.write(json.dumps(job.request))
-        child.stdin.close()
-        results = list(_results(child.stdout, progress))
-    if child.returncode != 0:
-        progress.say(f"a measuring process ended early, with code {child.returncode}; its remaining cells are missing")
-    return results, child.returncode == 0
-
-
-def _results(lines: Iterable[str], progress: _Progress) -> Iterable[dict[str, Any]]:
-    for line in lines:
-        message = json.loads(line)
-        if "result" in message:
-            yield message["result"]
-        else:
-            progress.move(message["cell"], message["progress"])
-
-
-class _Progress:
-    """A bar that moves by fractions of a cell, or a line for each cell where tqdm is missing."""
-
-    def __init__(self, jobs: list[Job]) -> None:
-        self._lock = threading.Lock()
-        self._done: dict[str, float] = {}
-        self._bar: Any = None
-        try:
-            from tqdm import tqdm
-        except ImportError:
-            return
-        total = sum(len(job.request["cells"]) for job in jobs)
-        self._bar = tqdm(total=total, bar_format="{percentage:3.0f}% |{bar:24}| {elapsed} {desc}")
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def move(self, cell: str, fraction: float) -> None:
-        """The cell's own progress, from 0 to 1."""
-        with self._lock:
-            if self._bar is not None:
-                self._bar.set_description_str(cell, refresh=False)
-                self._bar.update(fraction - self._done.get(cell, 0.0))
-            elif cell not in self._done:
-                self.say(cell)
-            self._done[cell] = fraction
-
-    def say(self, line: str) -> None:
-        """A line beside the bar."""
-        if self._bar is None:
-            print(line, file=sys.stderr, flush=True)
-        else:
-            self._bar.write(line, file=sys.stderr)
 
 
 if __name__ == "__main__":

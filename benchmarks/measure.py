@@ -11,15 +11,17 @@ a head start, as in a training loop, where the device has work queued.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import itertools
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 from check import Errors, Inputs
@@ -47,6 +49,28 @@ MAX_WARMUP_ROUNDS = 8
 WARM_FAULTS = 1024
 MIN_REPETITIONS = 7
 MAX_REPETITIONS = 200
+
+
+class InputsLike(Protocol):
+    """What the measurement of any call needs of its inputs."""
+
+    device: torch.device
+    pristine: Tensor
+    targets: Tensor  # [N]
+
+    def restore(self) -> None:
+        """Puts back what a contender may have written over."""
+
+
+InputsT_contra = TypeVar("InputsT_contra", bound=InputsLike, contravariant=True)
+InputsT = TypeVar("InputsT", bound=InputsLike)
+
+
+class ProgramLike(Protocol[InputsT_contra]):
+    """Something to be called again and again."""
+
+    def steps(self, inputs: InputsT_contra, targets: Tensor, results: list[Tensor]) -> list[Callable[[], None]]:
+        """The parts to time, one after the other; they leave loss and gradients in `results`."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +118,10 @@ class Timing:
     page_faults: float
 
 
-def time_rounds(programs: list[Program], inputs: Inputs, budget: float, warm: bool) -> Iterator[float | list[Timing]]:
-    """Calls the programs in turn, round after round, so that a drift of the machine meets all alike.
-
-    Yields the fraction that is done, and at last a `Timing` for each program.
+def time_rounds(
+    programs: Sequence[ProgramLike[InputsT]], inputs: InputsT, budget: float, warm: bool
+) -> Iterator[float | list[Timing]]:
+    """Warms up, then times as many rounds as the budget allows; yields what `rounds` does.
 
     Args:
         programs: what to time; all must have passed their check, which also was their first call.
@@ -105,36 +129,54 @@ def time_rounds(programs: list[Program], inputs: Inputs, budget: float, warm: bo
         budget: seconds for the repetitions, at least MIN_REPETITIONS and at most MAX_REPETITIONS of them.
         warm: go on warming up until the process touches no new pages.
     """
-    on_gpu = inputs.device.type == "cuda"
-    flush = inputs.pristine.new_empty(FLUSH_BYTES, dtype=torch.uint8) if on_gpu else None
-    min_warmup_rounds = MIN_WARMUP_ROUNDS_GPU if on_gpu else MIN_WARMUP_ROUNDS
-    gc.collect()
-    gc.disable()
-    try:
+    min_warmup_rounds = MIN_WARMUP_ROUNDS_GPU if inputs.device.type == "cuda" else MIN_WARMUP_ROUNDS
+    with without_collector():
         for count in range(MAX_WARMUP_ROUNDS):
             start = time.perf_counter()
-            faults = sum(_call(program, inputs, flush)[1] for program in programs)
+            *_, timings = rounds(programs, inputs, 1)
             round_seconds = time.perf_counter() - start
+            assert isinstance(timings, list)
+            faults = sum(timing.page_faults for timing in timings)
             if count + 1 >= min_warmup_rounds and (not warm or faults <= WARM_FAULTS):
                 break
         repetitions = min(max(int(budget / round_seconds), MIN_REPETITIONS), MAX_REPETITIONS)
-        rounds = []
-        for count in range(repetitions):
-            rounds.append([_call(program, inputs, flush) for program in programs])
-            yield (count + 1) / repetitions
+        yield from rounds(programs, inputs, repetitions)
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """Keeps Python's collector of cycles out of the times."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
     finally:
         gc.enable()
-    calls = [[one[i] for one in rounds] for i in range(len(programs))]
+
+
+def rounds(
+    programs: Sequence[ProgramLike[InputsT]], inputs: InputsT, repetitions: int
+) -> Iterator[float | list[Timing]]:
+    """Calls the programs in turn, round after round, so that a drift of the machine meets all alike.
+
+    Yields the fraction that is done, and at last a `Timing` for each program.
+    """
+    on_gpu = inputs.device.type == "cuda"
+    flush = inputs.pristine.new_empty(FLUSH_BYTES, dtype=torch.uint8) if on_gpu else None
+    calls: list[list[tuple[list[float], int]]] = []
+    for count in range(repetitions):
+        calls.append([_call(program, inputs, flush) for program in programs])
+        yield (count + 1) / repetitions
     yield [
         Timing(
-            [list(part) for part in zip(*(seconds for seconds, _ in call), strict=True)],
-            statistics.median(f for _, f in call),
+            [list(part) for part in zip(*(seconds for seconds, _ in of_one), strict=True)],
+            statistics.median(faults for _, faults in of_one),
         )
-        for call in calls
+        for of_one in zip(*calls, strict=True)
     ]
 
 
-def _call(program: Program, inputs: Inputs, flush: Tensor | None) -> tuple[list[float], int]:
+def _call(program: ProgramLike[InputsT], inputs: InputsT, flush: Tensor | None) -> tuple[list[float], int]:
     """Seconds of each part of one call, and the pages that it touched first."""
     inputs.restore()
     results: list[Tensor] = []
@@ -161,7 +203,7 @@ def _event_seconds(steps: list[Callable[[], None]]) -> list[float]:
     return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
 
 
-def peak_growth(program: Program, inputs: Inputs) -> int | None:
+def peak_growth(program: ProgramLike[InputsT], inputs: InputsT) -> int | None:
     """Bytes by which the process's (or the GPU's) memory grew at its peak during a call, inputs allocated before.
 
     On a GPU by the caching allocator's count. On the CPU the kernel's own high-water mark of resident memory, reset
