@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import MODES, contenders
+from contenders import MODES, contenders, refuse_unknown
 from goals import goals_text
 from jobs import Job, environment, integers, run_all, words
 from plan import (
@@ -71,12 +71,7 @@ def main() -> int:
     args = arguments()
     device = torch.device(args.device)
     able, left_out = contenders(device, args.extra_contenders)
-    unknown = set(args.contenders) - {one.name for one in able}
-    if unknown:
-        raise SystemExit(
-            f"expected --contenders to be of {', '.join(one.name for one in able)}, got {unknown.pop()!r}"
-            + "".join(f"\n{name} cannot run: {reason}" for name, reason in left_out.items())
-        )
+    refuse_unknown(args.contenders, (one.name for one in able), left_out)
     threads = args.threads or sorted({1, torch.get_num_threads()})
     allocators = [WARM, DEFAULT] if args.allocator == "both" else [args.allocator]
     shape_list = shapes(device, args.full, args.vocab, args.dtypes, args.rows)

@@ -73,10 +73,10 @@ class Expected:
         valid = inputs.few_masked != IGNORE_INDEX
         times = torch.bincount(inputs.index, minlength=inputs.period).double()  # [period]
         share = torch.where(valid, 1.0, 0.0) / (times * valid).sum()  # [period]
-        self.loss, losses, self.grad, weight = _loss_and_grad(_oracle_losses, inputs, eta, share, torch.float64)
-        loss, plain_losses, grad, _ = _loss_and_grad(_plain_losses, inputs, eta, share, torch.float32)
+        self.loss, losses, self.grad, weight = _loss_and_grad(oracle_losses, inputs, eta, share, torch.float64)
+        loss, rounded_losses, grad, _ = _loss_and_grad(plain_losses, inputs, eta, share, torch.float32)
         slack = 2 * torch.finfo(torch.float32).eps * weight
-        token_error = float((plain_losses.double() - losses)[valid].abs().max())
+        token_error = float((rounded_losses.double() - losses)[valid].abs().max())
         self._loss_allowed = 2 * max(abs(loss - self.loss), token_error) + slack
         grad = grad.to(inputs.few.dtype)
         grad_error = float((grad.double() - self.grad).abs().max())
@@ -119,14 +119,14 @@ def _loss_and_grad(
     return float(loss), token_losses, grad, float(weights.max())
 
 
-def _oracle_losses(logits: Tensor, targets: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+def oracle_losses(logits: Tensor, targets: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """Losses and weights [N] of the package's oracle."""
     result = mixce_loss_reference(logits, targets, eta, ignore_index=IGNORE_INDEX, reduction="none", return_stats=True)
     assert isinstance(result, tuple)
     return result[0], result[1].weight
 
 
-def _plain_losses(logits: Tensor, targets: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+def plain_losses(logits: Tensor, targets: Tensor, eta: float) -> tuple[Tensor, Tensor]:
     """Losses and weights [N] by PyTorch's own cross-entropy: the measure of what rounding costs."""
     nll = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
     weights = eta + (1.0 - eta) * torch.exp(-nll.detach())

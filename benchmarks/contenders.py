@@ -86,8 +86,19 @@ def contenders(device: torch.device, extra_files: Iterable[Path] = ()) -> tuple[
         except (ImportError, NotImplementedError) as error:
             left_out[name] = str(error)
     for path in extra_files:
-        able += _from_file(path)
+        able += from_file(path)
     return able, left_out
+
+
+def refuse_unknown(wanted: Iterable[str], able: Iterable[str], left_out: Mapping[str, str]) -> None:
+    """Ends the program if a contender that is wanted by name cannot run."""
+    able = list(able)
+    for name in wanted:
+        if name not in able:
+            raise SystemExit(
+                f"expected --contenders to be of {', '.join(able)}, got {name!r}"
+                + "".join(f"\n{one} cannot run: {reason}" for one, reason in left_out.items())
+            )
 
 
 def plain_mixce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -165,7 +176,8 @@ def _cut_cross_entropy(name: str, device: torch.device) -> Contender:
     raise NotImplementedError("it computes hidden @ weight.T with its loss, and no loss of given logits")
 
 
-def _from_file(path: Path) -> list[Contender]:
+def from_file(path: Path) -> list[Any]:
+    """The CONTENDERS that a Python file defines."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise SystemExit(f"expected --extra-contenders to name a Python file, got {path}")

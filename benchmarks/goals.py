@@ -118,7 +118,11 @@ def _overhead(cell: Cellular) -> Iterator[Verdict]:
 
 def goals_text(rows: list[Row]) -> str:
     """The goals as a table; empty where these measurements decide none."""
-    found = verdicts(rows)
+    return verdicts_text(verdicts(rows))
+
+
+def verdicts_text(found: list[Verdict]) -> str:
+    """Verdicts as a table, and how many goals are met; empty where there are none."""
     if not found:
         return ""
     body: list[tuple[str, ...]] = [("goal", "setting", "measured", "bound", "")]

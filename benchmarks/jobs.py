@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 
 def words(text: str) -> list[str]:
@@ -43,6 +43,25 @@ class Measured:
     peaks: list[dict[str, Any]]
     times: list[dict[str, Any]]
     complete: bool
+
+
+@dataclass(frozen=True)
+class Output:
+    """A worker's end: its lines of JSON."""
+
+    stream: TextIO
+
+    def result(self, fields: dict[str, Any]) -> None:
+        """One measurement."""
+        self._write({"result": fields})
+
+    def progress(self, cell: str, fraction: float) -> None:
+        """How much of a cell is done, from 0 to 1."""
+        self._write({"progress": fraction, "cell": cell})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.stream.write(json.dumps(line) + "\n")
+        self.stream.flush()
 
 
 def environment(allocator: dict[str, str], threads: int) -> dict[str, str]:

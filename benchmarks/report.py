@@ -68,10 +68,12 @@ def machine(device: torch.device) -> dict[str, str]:
     }
 
 
-def write_csv(path: Path, results: Iterable[dict[str, Any]], facts: dict[str, str]) -> None:
+def write_csv(
+    path: Path, results: Iterable[dict[str, Any]], facts: dict[str, str], columns: Iterable[str] = (*KEY, *RESULTS)
+) -> None:
     """Writes one line for each measurement; `facts` stand on every line."""
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*KEY, *RESULTS, *MACHINE], extrasaction="ignore")
+        writer = csv.DictWriter(file, [*columns, *MACHINE], extrasaction="ignore")
         writer.writeheader()
         for result in results:
             writer.writerow({name: _cell_text(value) for name, value in {**result, **facts}.items()})
@@ -112,8 +114,8 @@ def table(rows: list[Row]) -> str:
         body: list[tuple[str, ...]] = [columns]
         for row in members:
             if row["status"] == "ok":
-                numbers = [_short(row[name]) for name in ("median_ms", "q20_ms", "q80_ms", "gbps")]
-                numbers += [f"{float(row['percent_of_copy']):.0f}", f"{float(row['times_copy']):.2f}", _megabytes(row)]
+                numbers = [short(row[name]) for name in ("median_ms", "q20_ms", "q80_ms", "gbps")]
+                numbers += [f"{float(row['percent_of_copy']):.0f}", f"{float(row['times_copy']):.2f}", megabytes(row)]
                 body.append((row["contender"], row["mode"], *numbers, f"{float(row['page_faults']):.0f}"))
             else:
                 body.append((row["contender"], row["mode"], row["status"]))
@@ -124,21 +126,14 @@ def table(rows: list[Row]) -> str:
             ]
             lines.append("  ".join(cells).rstrip() if len(line) == len(columns) else "  ".join((*cells[:2], line[2])))
     lines.append("")
-    lines += [f"{name}: {computes}" for name, computes in _computed(rows).items()]
+    lines += [f"{name}: {computes}" for name, computes in computed(rows).items()]
     return "\n".join(lines)
 
 
 def summary(rows: list[Row], verdicts: str) -> str:
     """The run in Markdown: medians in ms of each shape, contender and mode, and the goals."""
-    facts = rows[0]
-    versions = ", ".join(
-        f"{name} {facts[name]}" for name in ("mixce_kernels", "torch", "cuda", "triton", "python") if facts[name]
-    )
-    commit = f", commit {facts['commit']}" if facts["commit"] else ""
-    where = facts["cpu"] if facts["device"] == "cpu" else f"{facts['device']}, {facts['cpu']}"
-    isa = f", {facts['isa']}" if facts["isa"] and facts["device"] == "cpu" else ""
     lines = [
-        f"{where}, {facts['cores']} cores{isa}; {versions}{commit}; {facts['date']}.",
+        machine_line(rows[0]),
         "Median milliseconds; peak memory of forward + backward, in place where a contender can, beyond the inputs.",
     ]
     for cell, members in groups(rows, KEY[:5]).items():
@@ -146,14 +141,14 @@ def summary(rows: list[Row], verdicts: str) -> str:
         modes = [mode for mode in MODE_TITLES if any(key[1] == mode for key in timed)]
         names = list(dict.fromkeys(row["contender"] for row in members if row["mode"] != "copy"))
         copy_ms = next((row["median_ms"] for row in members if row["mode"] == "copy"), "")
-        lines += ["", f"**{_cell_title(cell)}** (copy of the logits: {_short(copy_ms)} ms)", ""]
+        lines += ["", f"**{_cell_title(cell)}** (copy of the logits: {short(copy_ms)} ms)", ""]
         lines.append(f"| | {' | '.join(MODE_TITLES[mode] for mode in modes)} | peak MB |")
         lines.append("|---|" + "---:|" * (len(modes) + 1))
         for name in names:
-            cells = [_short(timed[name, mode]["median_ms"]) if (name, mode) in timed else "" for mode in modes]
-            peaks = [_megabytes(timed[name, mode]) for mode in ("both", "inplace") if (name, mode) in timed]
+            cells = [short(timed[name, mode]["median_ms"]) if (name, mode) in timed else "" for mode in modes]
+            peaks = [megabytes(timed[name, mode]) for mode in ("both", "inplace") if (name, mode) in timed]
             lines.append(f"| {name} | {' | '.join(cells)} | {' / '.join(peak for peak in peaks if peak)} |")
-    lines += ["", *(f"- {name}: {computes}." for name, computes in _computed(rows).items())]
+    lines += ["", *(f"- {name}: {computes}." for name, computes in computed(rows).items())]
     wrong = [row for row in rows if row["status"] != "ok"]
     lines += [
         f"- {row['contender']}, {row['mode']}, {_cell_title(tuple(row[k] for k in KEY[:5]))}: {row['status']}."
@@ -162,13 +157,25 @@ def summary(rows: list[Row], verdicts: str) -> str:
     return "\n".join([*lines, *(["", "```", verdicts, "```"] if verdicts else []), ""])
 
 
+def machine_line(facts: Row) -> str:
+    """Where, with what and when a run was made, for a reader."""
+    versions = ", ".join(
+        f"{name} {facts[name]}" for name in ("mixce_kernels", "torch", "cuda", "triton", "python") if facts[name]
+    )
+    commit = f", commit {facts['commit']}" if facts["commit"] else ""
+    where = facts["cpu"] if facts["device"] == "cpu" else f"{facts['device']}, {facts['cpu']}"
+    isa = f", {facts['isa']}" if facts["isa"] and facts["device"] == "cpu" else ""
+    return f"{where}, {facts['cores']} cores{isa}; {versions}{commit}; {facts['date']}."
+
+
 def text_table(body: list[tuple[str, ...]]) -> str:
     """Lines of equal columns, the first row their titles."""
     widths = [max(len(line[i]) for line in body) for i in range(len(body[0]))]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in body)
 
 
-def _computed(rows: list[Row]) -> dict[str, str]:
+def computed(rows: list[Row]) -> dict[str, str]:
+    """What each contender computes."""
     return {row["contender"]: row["computes"] for row in rows}
 
 
@@ -187,7 +194,7 @@ def _cell_text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _short(number: str) -> str:
+def short(number: str) -> str:
     """Three digits, without an exponent."""
     if not number:
         return ""
@@ -195,7 +202,8 @@ def _short(number: str) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _megabytes(row: Row) -> str:
+def megabytes(row: Row) -> str:
+    """A row's peak memory."""
     return f"{float(row['peak_bytes']) / 1e6:.1f}" if row["peak_bytes"] else ""
 
 

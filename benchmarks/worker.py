@@ -9,12 +9,15 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO, TypeVar
 
 import torch
 from check import Errors, Inputs
 from contenders import COPY, MODES, Contender, contenders
+from jobs import Output
 from measure import (
     TRAFFIC,
     Program,
@@ -40,7 +43,7 @@ class Worker:
         self.extra_files = [Path(path) for path in job["extra_files"]]
         self.budget: float = job["budget"]
         self.peak: bool = job["peak"]
-        self.output = output
+        self.output = Output(output)
 
     def run(self, cell: Cell) -> None:
         """Measures one cell."""
@@ -80,14 +83,7 @@ class Worker:
         right: list[Program] = []
         errors: list[Errors] = []
         for count, program in enumerate(programs):
-            status = None
-            found = None
-            try:
-                found = check(program, inputs)
-                status = found.wrong()
-            except Exception as error:
-                # Whatever a contender raises is its result, and no reason to lose the others'.
-                status = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            status, found = outcome(partial(check, program, inputs))
             if status is None and found is not None:
                 right.append(program)
                 errors.append(found)
@@ -120,7 +116,7 @@ class Worker:
         copy_ms: float,
         errors: Errors | None,
     ) -> None:
-        median, q20, q80 = (1e3 * value for value in _quantiles(seconds))
+        median, q20, q80 = (1e3 * value for value in quantiles(seconds))
         traffic = TRAFFIC[mode] * inputs.nbytes
         gbps, copy_gbps = traffic / median / 1e6, TRAFFIC[COPY] * inputs.nbytes / copy_ms / 1e6
         fields = {
@@ -140,15 +136,31 @@ class Worker:
 
     def _result(self, cell: Cell, contender: Contender, mode: str, fields: dict[str, Any]) -> None:
         key = {"contender": contender.name, "computes": contender.computes, "mode": mode}
-        self._write({"result": {**vars(cell), **key, **fields}})
+        self.output.result({**vars(cell), **key, **fields})
 
     def _progress(self, cell: Cell, fraction: float) -> None:
         what = f"memory: {cell}" if self.peak else f"time: {cell}, allocator {cell.allocator}"
-        self._write({"progress": fraction, "cell": what})
+        self.output.progress(what, fraction)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self.output.write(json.dumps(line) + "\n")
-        self.output.flush()
+
+class Judged(Protocol):
+    """Errors, and what is wrong with them."""
+
+    def wrong(self) -> str | None:
+        """A sentence, or None if the results are right."""
+
+
+JudgedT = TypeVar("JudgedT", bound=Judged)
+
+
+def outcome(checked: Callable[[], JudgedT]) -> tuple[str | None, JudgedT | None]:
+    """What a check says against a contender, None if nothing, and the errors that it found."""
+    try:
+        found = checked()
+    except Exception as error:
+        # Whatever a contender raises is its result, and no reason to lose the others'.
+        return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", None
+    return found.wrong(), found
 
 
 def _rows(mode: str, timing: Timing) -> list[tuple[str, list[float]]]:
@@ -157,7 +169,8 @@ def _rows(mode: str, timing: Timing) -> list[tuple[str, list[float]]]:
     return [("backward", timing.parts[1]), (mode, whole)] if mode == "both" else [(mode, whole)]
 
 
-def _quantiles(seconds: list[float]) -> tuple[float, float, float]:
+def quantiles(seconds: list[float]) -> tuple[float, float, float]:
+    """Median, 20 % and 80 % quantile."""
     fifths = statistics.quantiles(seconds, n=5, method="inclusive")
     return statistics.median(seconds), fifths[0], fifths[3]
 
