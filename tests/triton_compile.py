@@ -109,8 +109,12 @@ def _cuobjdump() -> str:
 
 
 def facts(target_name: str, variant: Variant) -> dict[str, Any]:
+    """What the compilers made of a variant."""
+    return facts_of(target_name, compile_variant(target_name, variant))
+
+
+def facts_of(target_name: str, compiled: CompiledKernel) -> dict[str, Any]:
     """Registers and spilled bytes, and how many accesses of global memory have which width."""
-    compiled = compile_variant(target_name, variant)
     if target_name.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
         return {
