@@ -1,14 +1,24 @@
 """Fused MixCE loss kernels over vocabulary-sized logits (Zhang et al., ACL 2023, arXiv 2305.16958).
 
 `fused_mixce_loss` is the function, `MixCELoss` its module, `mixce_loss_reference` the same in plain PyTorch.
+`fused_linear_mixce_loss`, `LinearMixCELoss` and `linear_mixce_loss_reference` compute it straight from hidden states.
 """
 
 from importlib.metadata import version
 
 from mixce_kernels.functional import fused_mixce_loss
-from mixce_kernels.modules import MixCELoss
-from mixce_kernels.reference import mixce_loss_reference
+from mixce_kernels.linear import fused_linear_mixce_loss
+from mixce_kernels.modules import LinearMixCELoss, MixCELoss
+from mixce_kernels.reference import linear_mixce_loss_reference, mixce_loss_reference
 from mixce_kernels.stats import MixCEStats
 
-__all__ = ["MixCELoss", "MixCEStats", "fused_mixce_loss", "mixce_loss_reference"]
+__all__ = [
+    "LinearMixCELoss",
+    "MixCELoss",
+    "MixCEStats",
+    "fused_linear_mixce_loss",
+    "fused_mixce_loss",
+    "linear_mixce_loss_reference",
+    "mixce_loss_reference",
+]
 __version__ = version("mixce_kernels")

@@ -124,7 +124,7 @@ class ForwardWithGradInplace(torch.autograd.Function):
         return grad_logits.detach(), *(None,) * ctx.n_inputs
 
 
-class _Differentiable:
+class Differentiable:
     """An operator with its derivative, called through the dispatcher only where somebody listens there.
 
     A compiler, a dispatch mode or a tensor subclass needs the dispatcher; an eager call of plain tensors would only pay
@@ -146,11 +146,14 @@ class _Differentiable:
         self.transformable_node = _function(name, forward=kernel, setup_context=context, backward=backward)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or type(args[0]) not in (Tensor, Parameter) or is_in_torch_dispatch_mode():
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return self.operator(*args)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+        if any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
             return self.operator(*args)
         if torch._C._are_functorch_transforms_active():
             return self.transformable_node.apply(*args)
-        differentiate = torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+        differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         return (self.node.apply if differentiate else self.kernel)(*args)
 
 
@@ -158,6 +161,6 @@ def _function(name: str, **methods: Callable[..., Any]) -> Any:
     return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
 
 
-forward = _Differentiable(ops.forward, _forward_context, _forward_backward)
-logits_grad = _Differentiable(ops.logits_grad, _logits_grad_context, _logits_grad_backward)
-forward_with_grad = _Differentiable(ops.forward_with_grad, _with_grad_context, _with_grad_backward)
+forward = Differentiable(ops.forward, _forward_context, _forward_backward)
+logits_grad = Differentiable(ops.logits_grad, _logits_grad_context, _logits_grad_backward)
+forward_with_grad = Differentiable(ops.forward_with_grad, _with_grad_context, _with_grad_backward)

@@ -15,6 +15,7 @@ from mixce_kernels.options import (
     check_token_options,
     check_values,
 )
+from mixce_kernels.reduction import Reduction
 from mixce_kernels.reference import mixce_loss_reference
 from mixce_kernels.stats import MixCEStats
 
@@ -120,49 +121,18 @@ def fused_mixce_loss(
     if inplace and overlaps_itself(logits):
         raise ValueError("expected logits whose rows do not share memory for inplace_backward, got expanded logits")
 
-    weights = _weights(targets, ignore_index, token_weights)
-    divisor = None if reduction != "mean" else _divisor(targets, ignore_index, weights, num_items_in_batch)
-
+    reduced = Reduction.of(reduction, targets, options.ignore_index, token_weights, num_items_in_batch)
     if grad_in_forward and wants_grad:
         # The gradient is final only if every factor of a token is known before the kernel runs.
-        scale = torch.ones((), dtype=torch.float64, device=logits.device) if weights is None else weights
-        scale = (scale if divisor is None else scale / divisor).expand(targets.shape)
         call = autograd.ForwardWithGradInplace.apply if inplace else autograd.forward_with_grad
         loss, _, stats, correct, *_ = call(
-            logits, targets, scale, eta_tensor, eta_value, *options, return_stats, backend
+            logits, targets, reduced.token_scale(targets), eta_tensor, eta_value, *options, return_stats, backend
         )
-        loss = loss if reduction == "none" else loss.sum()
+        loss = reduced.sum_of(loss)
     else:
         loss, _, stats, correct = autograd.forward(
             logits, targets, eta_tensor, eta_value, *options, return_stats, inplace, backend
         )
-        loss = loss if weights is None else loss * weights
-        loss = loss if reduction == "none" else loss.sum(dtype=torch.float64)
-        loss = loss if divisor is None else loss / divisor
+        loss = reduced.apply(loss)
     loss = loss.to(accumulate_dtype(logits.dtype))
     return (loss, MixCEStats.of(stats, correct)) if return_stats else loss
-
-
-# Factors, sums and quotients of tokens are float64: beside a vocabulary that is free, and the loss is rounded once.
-
-
-def _weights(targets: Tensor, ignore_index: int, token_weights: Tensor | None) -> Tensor | None:
-    """The tokens' weights [...], 0 where ignored, whatever stands there."""
-    if token_weights is None:
-        return None
-    return torch.where(targets != ignore_index, token_weights.detach().double(), 0.0)
-
-
-def _divisor(
-    targets: Tensor, ignore_index: int, weights: Tensor | None, num_items_in_batch: float | Tensor | None
-) -> float | Tensor:
-    """What "mean" divides by, a number or a 0-d tensor; 1 instead of 0."""
-    if num_items_in_batch is None:
-        if weights is None:
-            return (targets != ignore_index).sum().clamp(min=1)
-        divisor = weights.sum()
-    elif isinstance(num_items_in_batch, Tensor):
-        divisor = num_items_in_batch.detach().reshape(()).to(targets.device, torch.float64, non_blocking=True)
-    else:
-        return num_items_in_batch or 1.0
-    return torch.where(divisor == 0, 1.0, divisor)

@@ -1,22 +1,45 @@
-"""`MixCELoss`: the loss as a module."""
+"""`MixCELoss` and `LinearMixCELoss`: the losses as modules."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from mixce_kernels.functional import fused_mixce_loss
-from mixce_kernels.options import check_eta_number, check_reduction_name, check_token_options
+from mixce_kernels.linear import fused_linear_mixce_loss
+from mixce_kernels.options import check_eta_number, check_linear_options, check_reduction_name, check_token_options
 from mixce_kernels.stats import MixCEStats
 
 
-class MixCELoss(nn.Module):
+class _Loss(nn.Module):
+    """What stays the same over a training run: eta, and the other options of a function."""
+
+    function: Callable[..., Any]
+
+    def __init__(self, eta: float | Tensor, options: dict[str, Any]) -> None:
+        super().__init__()
+        token_options = ("ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale")
+        check_token_options(**{name: options[name] for name in token_options})
+        check_reduction_name(options["reduction"])
+        self.eta = eta if isinstance(eta, Tensor) else check_eta_number(eta)
+        self.options = options
+
+    def extra_repr(self) -> str:
+        defaults = type(self).function.__kwdefaults__ or {}
+        changed = {name: value for name, value in self.options.items() if value != defaults[name]}
+        return ", ".join(f"{name}={value}" for name, value in {"eta": self.eta, **changed}.items())
+
+
+class MixCELoss(_Loss):
     """`fused_mixce_loss` as an `nn.Module` in the manner of `torch.nn.CrossEntropyLoss`.
 
     The constructor takes what stays the same over a training run, the call what belongs to a batch. `eta` is a plain
     attribute: assign a number or a tensor to schedule it.
     """
+
+    function = staticmethod(fused_mixce_loss)
 
     def __init__(
         self,
@@ -40,11 +63,7 @@ class MixCELoss(nn.Module):
             TypeError: an option is not a number.
             ValueError: an option is outside its range.
         """
-        super().__init__()
-        check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-        check_reduction_name(reduction)
-        self.eta = eta if isinstance(eta, Tensor) else check_eta_number(eta)
-        self.options: dict[str, Any] = {
+        options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "reduction": reduction,
             "label_smoothing": label_smoothing,
@@ -57,6 +76,7 @@ class MixCELoss(nn.Module):
             "validate": validate,
             "backend": backend,
         }
+        super().__init__(eta, options)
 
     def forward(
         self,
@@ -76,7 +96,77 @@ class MixCELoss(nn.Module):
             **self.options,
         )
 
-    def extra_repr(self) -> str:
-        defaults = fused_mixce_loss.__kwdefaults__ or {}
-        changed = {name: value for name, value in self.options.items() if value != defaults[name]}
-        return ", ".join(f"{name}={value}" for name, value in {"eta": self.eta, **changed}.items())
+
+class LinearMixCELoss(_Loss):
+    """`fused_linear_mixce_loss` as an `nn.Module`.
+
+    The weight belongs to the model and comes with the call, so that one tied to the embedding stays tied:
+    `loss(hidden, model.lm_head.weight, targets)`. `eta` is a plain attribute: assign a number or a tensor to schedule
+    it.
+    """
+
+    function = staticmethod(fused_linear_mixce_loss)
+
+    def __init__(
+        self,
+        eta: float | Tensor = 0.5,
+        *,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        inplace_backward: bool = False,
+        grad_in_forward: bool = False,
+        return_stats: bool = False,
+        validate: bool = False,
+        max_chunk_bytes: int | None = None,
+        path: str = "chunks",
+        backend: str | None = None,
+    ) -> None:
+        """Takes the options of `fused_linear_mixce_loss`.
+
+        Raises:
+            TypeError: an option is not a number.
+            ValueError: an option is outside its range.
+        """
+        check_linear_options(max_chunk_bytes, path, backend)
+        options: dict[str, Any] = {
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "logit_scale": logit_scale,
+            "inplace_backward": inplace_backward,
+            "grad_in_forward": grad_in_forward,
+            "return_stats": return_stats,
+            "validate": validate,
+            "max_chunk_bytes": max_chunk_bytes,
+            "path": path,
+            "backend": backend,
+        }
+        super().__init__(eta, options)
+
+    def forward(
+        self,
+        hidden: Tensor,  # [..., D]
+        weight: Tensor,  # [V, D]
+        targets: Tensor,  # [...]
+        *,
+        bias: Tensor | None = None,  # [V]
+        token_weights: Tensor | None = None,  # [...]
+        num_items_in_batch: float | Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, MixCEStats]:
+        """The loss of a batch: arguments, results and errors of `fused_linear_mixce_loss`."""
+        return fused_linear_mixce_loss(
+            hidden,
+            weight,
+            targets,
+            self.eta,
+            bias=bias,
+            token_weights=token_weights,
+            num_items_in_batch=num_items_in_batch,
+            **self.options,
+        )

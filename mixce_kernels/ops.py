@@ -20,29 +20,29 @@ from torch.autograd.graph import increment_version
 from mixce_kernels import backends
 from mixce_kernels.options import TokenOptions, accumulate_dtype
 
-_ETA = "Tensor? eta, float eta_value"
-_OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
-_RESULTS = "Tensor loss, Tensor state, Tensor stats, Tensor correct"
+ETA = "Tensor? eta, float eta_value"
+OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
+RESULTS = "Tensor loss, Tensor state, Tensor stats, Tensor correct"
 
 library = torch.library.Library("mixce_kernels", "DEF")
 library.define(
-    f"forward(Tensor logits, Tensor targets, {_ETA}, {_OPTIONS}, bool with_stats, bool inplace_backward, str backend)"
-    f" -> ({_RESULTS})"
+    f"forward(Tensor logits, Tensor targets, {ETA}, {OPTIONS}, bool with_stats, bool inplace_backward, str backend)"
+    f" -> ({RESULTS})"
 )
 library.define(
-    f"logits_grad(Tensor logits, Tensor targets, Tensor state, Tensor grad_loss, {_ETA}, {_OPTIONS}, str backend)"
+    f"logits_grad(Tensor logits, Tensor targets, Tensor state, Tensor grad_loss, {ETA}, {OPTIONS}, str backend)"
     " -> Tensor"
 )
 library.define(
-    f"logits_grad_(Tensor(a!) logits, Tensor targets, Tensor state, Tensor grad_loss, {_OPTIONS}, str backend) -> ()"
+    f"logits_grad_(Tensor(a!) logits, Tensor targets, Tensor state, Tensor grad_loss, {OPTIONS}, str backend) -> ()"
 )
 library.define(
-    f"forward_with_grad(Tensor logits, Tensor targets, Tensor grad_loss, {_ETA}, {_OPTIONS}, bool with_stats,"
-    f" str backend) -> ({_RESULTS}, Tensor grad_logits)"
+    f"forward_with_grad(Tensor logits, Tensor targets, Tensor grad_loss, {ETA}, {OPTIONS}, bool with_stats,"
+    f" str backend) -> ({RESULTS}, Tensor grad_logits)"
 )
 library.define(
-    f"forward_with_grad_(Tensor(a!) logits, Tensor targets, Tensor grad_loss, {_ETA}, {_OPTIONS}, bool with_stats,"
-    f" str backend) -> ({_RESULTS})"
+    f"forward_with_grad_(Tensor(a!) logits, Tensor targets, Tensor grad_loss, {ETA}, {OPTIONS}, bool with_stats,"
+    f" str backend) -> ({RESULTS})"
 )
 library.define("scale_rows_(Tensor(a!) grad_logits, Tensor grad_loss, str backend) -> ()")
 
@@ -58,7 +58,7 @@ def forward(
     *rest: Any,
 ) -> tuple[Tensor, ...]:
     *options, with_stats, _, backend = rest
-    results = _empty_results(logits, targets, with_stats)
+    results = empty_results(logits, targets, with_stats)
     backends.get(backend).forward(logits, targets, eta, eta_value, TokenOptions(*options), results, None, None)
     return results
 
@@ -125,7 +125,7 @@ def _forward_into(
     grad_logits: Tensor,
 ) -> tuple[Tensor, ...]:
     *options, with_stats, backend = rest
-    results = _empty_results(logits, targets, with_stats)
+    results = empty_results(logits, targets, with_stats)
     serve = backends.get(backend).forward
     serve(logits, targets, eta, eta_value, TokenOptions(*options), results, grad_loss, grad_logits)
     loss, *others = results
@@ -137,7 +137,7 @@ def scale_rows_(grad_logits: Tensor, grad_loss: Tensor, backend: str) -> None:
     increment_version(grad_logits)
 
 
-def _empty_results(logits: Tensor, targets: Tensor, with_stats: bool) -> tuple[Tensor, ...]:
+def empty_results(logits: Tensor, targets: Tensor, with_stats: bool) -> tuple[Tensor, ...]:
     shape, dtype = targets.shape, accumulate_dtype(logits.dtype)
     loss = logits.new_empty(shape, dtype=dtype)
     state = logits.new_empty((5, *shape), dtype=dtype)
@@ -156,7 +156,7 @@ for _kernel in (forward, logits_grad, logits_grad_, forward_with_grad, forward_w
 
 @torch.library.register_fake("mixce_kernels::forward", lib=library)
 def _(logits: Tensor, targets: Tensor, eta: Tensor | None, eta_value: float, *rest: Any) -> tuple[Tensor, ...]:
-    return _empty_results(logits, targets, with_stats=rest[-3])
+    return empty_results(logits, targets, with_stats=rest[-3])
 
 
 @torch.library.register_fake("mixce_kernels::logits_grad", lib=library)
@@ -171,7 +171,7 @@ def _(logits: Tensor, targets: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("mixce_kernels::forward_with_grad_", lib=library)
 def _empty_weighted_results(logits: Tensor, targets: Tensor, grad_loss: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    loss, *others = _empty_results(logits, targets, with_stats=rest[-2])
+    loss, *others = empty_results(logits, targets, with_stats=rest[-2])
     return loss * grad_loss, *others
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
 REDUCTIONS = ("none", "mean", "sum")
+PATHS = ("chunks", "tiles")
 
 
 class TokenOptions(NamedTuple):
@@ -27,6 +28,13 @@ class TokenOptions(NamedTuple):
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The type of arithmetic, loss and statistics for logits of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The type to which autocast, where it is active, converts a product's operands on the tensor's device."""
+    if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(tensor.device.type):
+        return None
+    return torch.get_autocast_dtype(tensor.device.type)
 
 
 def check_token_options(
@@ -58,23 +66,62 @@ def check_token_options(
 
 def check_tensors(logits: Tensor, targets: Tensor) -> None:
     """Raises TypeError or ValueError unless logits [..., V] and targets [...] fit together."""
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"expected logits to be a tensor, got {_describe(logits)}")
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"expected targets to be a tensor, got {_describe(targets)}")
-    if logits.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"expected logits of {_names(LOGITS_DTYPES)}, got {logits.dtype}")
-    if targets.dtype not in TARGET_DTYPES:
-        raise TypeError(f"expected targets of {_names(TARGET_DTYPES)}, got {targets.dtype}")
+    _check_values_tensor("logits", logits)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"expected logits of shape [..., V] with V >= 1, got {list(logits.shape)}")
-    if targets.shape != logits.shape[:-1]:
+    _check_targets("logits", logits, targets)
+
+
+def check_linear_tensors(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, autocast_dtype: torch.dtype | None
+) -> torch.dtype:
+    """The type of the products' operands: that of all tensors, or autocast's where it is active.
+
+    Raises:
+        TypeError, ValueError: hidden [..., D], weight [V, D], bias [V] and targets [...] do not fit together.
+    """
+    _check_values_tensor("hidden", hidden)
+    _check_values_tensor("weight", weight)
+    if hidden.dim() == 0 or hidden.shape[-1] == 0:
+        raise ValueError(f"expected hidden of shape [..., D] with D >= 1, got {list(hidden.shape)}")
+    hidden_size = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden_size:
         raise ValueError(
-            f"expected targets of shape {list(logits.shape[:-1])} for logits of shape {list(logits.shape)}, "
-            f"got {list(targets.shape)}"
+            f"expected weight of shape [V, D] = [V, {hidden_size}] for hidden of shape {list(hidden.shape)}, "
+            f"got {list(weight.shape)}"
         )
-    if targets.device != logits.device:
-        raise ValueError(f"expected targets on {logits.device} with the logits, got {targets.device}")
+    others = {"weight": weight}
+    if bias is not None:
+        _check_values_tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"expected bias of shape [V] = {list(weight.shape[:1])} for weight of shape {list(weight.shape)}, "
+                f"got {list(bias.shape)}"
+            )
+        others["bias"] = bias
+    # As torch.nn.functional.linear does, which leaves float64 alone.
+    all_dtypes = {hidden.dtype, *(other.dtype for other in others.values())}
+    autocast = autocast_dtype is not None and torch.float64 not in all_dtypes
+    for name, other in others.items():
+        if other.device != hidden.device:
+            raise ValueError(f"expected {name} on {hidden.device} with the hidden states, got {other.device}")
+        if other.dtype != hidden.dtype and not autocast:
+            raise TypeError(f"expected {name} of hidden's {hidden.dtype} (or autocast), got {other.dtype}")
+    _check_targets("hidden", hidden, targets)
+    return autocast_dtype if autocast and autocast_dtype is not None else hidden.dtype
+
+
+def check_linear_options(max_chunk_bytes: int | None, path: str, backend: str | None) -> None:
+    """Raises TypeError or ValueError unless the linear loss knows the path and the budget is a positive int."""
+    if max_chunk_bytes is not None:
+        if not isinstance(max_chunk_bytes, numbers.Integral) or isinstance(max_chunk_bytes, bool):
+            raise TypeError(f"expected max_chunk_bytes to be None or an int, got {_describe(max_chunk_bytes)}")
+        if max_chunk_bytes <= 0:
+            raise ValueError(f"expected max_chunk_bytes to be positive, got {max_chunk_bytes}")
+    if path not in PATHS:
+        raise ValueError(f"expected path 'chunks' or 'tiles', got {path!r}")
+    if path == "tiles" and backend not in (None, "triton"):
+        raise ValueError(f"expected backend 'triton' or None with path='tiles', got {backend!r}")
 
 
 def check_eta_number(eta: float) -> float:
@@ -149,18 +196,43 @@ def check_values(targets: Tensor, eta: float | Tensor, ignore_index: int, vocab_
         IndexError: a target is neither in [0, vocab_size) nor ignore_index; names the first such row and its value.
         ValueError: an entry of eta is outside [0, 1] or NaN.
     """
-    bad = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
-    if bad.any():
-        row = int(bad.flatten().nonzero()[0])
-        raise_bad_target(row, targets, ignore_index, vocab_size)
+    check_targets_in_range(targets, ignore_index, vocab_size)
     if isinstance(eta, Tensor) and not ((eta >= 0) & (eta <= 1)).all():
         raise ValueError("expected every entry of eta in [0, 1], got one outside")
+
+
+def check_targets_in_range(targets: Tensor, ignore_index: int, vocab_size: int) -> None:
+    """Reads the targets; raises IndexError for the first that is neither in [0, vocab_size) nor ignore_index."""
+    bad = ((targets < 0) | (targets >= vocab_size)) & (targets != ignore_index)
+    if bad.any():
+        raise_bad_target(int(bad.flatten().nonzero()[0]), targets, ignore_index, vocab_size)
 
 
 def raise_bad_target(row: int, targets: Tensor, ignore_index: int, vocab_size: int) -> None:
     """Raises the IndexError that names `row` (counted over the flattened targets) and its target."""
     value = int(targets.flatten()[row])
     raise IndexError(f"expected targets in [0, {vocab_size}) or ignore_index={ignore_index}, got {value} in row {row}")
+
+
+def _check_values_tensor(name: str, values: Tensor) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"expected {name} to be a tensor, got {_describe(values)}")
+    if values.dtype not in LOGITS_DTYPES:
+        raise TypeError(f"expected {name} of {_names(LOGITS_DTYPES)}, got {values.dtype}")
+
+
+def _check_targets(name: str, values: Tensor, targets: Tensor) -> None:
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"expected targets to be a tensor, got {_describe(targets)}")
+    if targets.dtype not in TARGET_DTYPES:
+        raise TypeError(f"expected targets of {_names(TARGET_DTYPES)}, got {targets.dtype}")
+    if targets.shape != values.shape[:-1]:
+        raise ValueError(
+            f"expected targets of shape {list(values.shape[:-1])} for {name} of shape {list(values.shape)}, "
+            f"got {list(targets.shape)}"
+        )
+    if targets.device != values.device:
+        raise ValueError(f"expected targets on {values.device} with the {name}, got {targets.device}")
 
 
 def _number(name: str, value: object) -> float:

@@ -7,13 +7,19 @@ ACL 2023 (arXiv 2305.16958).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mixce_kernels.options import (
     TokenOptions,
     accumulate_dtype,
+    autocast_dtype,
     check_eta,
+    check_linear_options,
+    check_linear_tensors,
     check_reduction,
     check_tensors,
     check_token_options,
@@ -121,3 +127,42 @@ def token_losses(
         stats = torch.stack((nll, q, w, lse, entropy))
         stats = torch.where(valid, torch.where(known, stats, torch.nan), 0.0)
     return torch.where(valid, loss, 0.0), MixCEStats.of(stats, correct & valid & known)
+
+
+def linear_mixce_loss_reference(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [...]
+    eta: float | Tensor = 0.5,
+    *,
+    bias: Tensor | None = None,  # [V]
+    max_chunk_bytes: int | None = None,
+    path: str = "chunks",
+    **options: Any,
+) -> Tensor | tuple[Tensor, MixCEStats]:
+    """`mixce_loss_reference` of the logits hidden @ weight.T + bias: arguments of `fused_linear_mixce_loss`.
+
+    All logits are materialised, in float32 (float64 for float64 tensors); under autocast the operands are rounded to
+    its type first. `max_chunk_bytes` and `path` change no value. Differentiable any number of times.
+    """
+    compute_dtype = check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden))
+    check_linear_options(max_chunk_bytes, path, None)
+    valid = targets != options.get("ignore_index", -100)
+    logits = linear_logits(hidden, weight, bias, valid, compute_dtype)
+    return mixce_loss_reference(logits, targets, eta, **options)
+
+
+def linear_logits(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    valid: Tensor,  # [...] bool
+    compute_dtype: torch.dtype,
+) -> Tensor:
+    """The logits [..., V] of operands in `compute_dtype`, in float32 or float64; those of invalid rows are of zeros."""
+    dtype = accumulate_dtype(compute_dtype)
+    # Whatever stands in an invalid row must not reach the graph: 0 * NaN would.
+    hidden = hidden.masked_fill(~valid.unsqueeze(-1), 0.0).to(compute_dtype).to(dtype)
+    weight = weight.to(compute_dtype).to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden, weight, None if bias is None else bias.to(dtype))

@@ -1,0 +1,145 @@
+"""`fused_linear_mixce_loss`: the loss straight from hidden states, without logits [N, V] in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixce_kernels import backends, linear_autograd
+from mixce_kernels.backends import triton_linear
+from mixce_kernels.options import (
+    accumulate_dtype,
+    autocast_dtype,
+    check_eta,
+    check_linear_options,
+    check_linear_tensors,
+    check_reduction,
+    check_token_options,
+    check_values,
+)
+from mixce_kernels.reduction import Reduction
+from mixce_kernels.reference import linear_mixce_loss_reference
+from mixce_kernels.stats import MixCEStats
+
+
+def fused_linear_mixce_loss(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [...]
+    eta: float | Tensor = 0.5,
+    *,
+    bias: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,  # [...]
+    num_items_in_batch: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace_backward: bool = False,
+    grad_in_forward: bool = False,
+    return_stats: bool = False,
+    validate: bool = False,
+    max_chunk_bytes: int | None = None,
+    path: str = "chunks",
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, MixCEStats]:
+    """`fused_mixce_loss` of the logits hidden @ weight.T + bias, which never exist as a whole.
+
+    With path "chunks" the logits of some rows at a time are computed by the device's BLAS, in float32 whatever the type
+    of the operands (float64 for float64), and turned into their gradient in place. For the reductions "mean" and "sum"
+    the gradients of hidden states, weight and bias are computed in the forward and multiplied by the upstream gradient
+    in backward; for "none" backward computes the logits once more. With path "tiles" a Triton kernel computes the
+    logits in tiles that never leave the chip, and backward computes each tile again: docs/linear.md says when that
+    pays.
+
+    Gradients are summed in float32 and rounded once, to their tensor's type. Only those are computed whose tensor
+    requires one. Source: Zhang et al., "MixCE", ACL 2023 (arXiv 2305.16958).
+
+    Args:
+        hidden: [..., D], float32, bfloat16, float16 or float64: the last hidden states.
+        weight: [V, D] of the same type, the language model head's own layout, tied to the embedding or not. Under
+            autocast the types may differ: the products' operands are of autocast's type, as in
+            `torch.nn.functional.linear`, and logits are float32.
+        targets: [...], int64 or int32, class indices in [0, V) or `ignore_index`.
+        eta: mixing ratio in [0, 1]: a number, or a floating tensor that broadcasts to targets' shape.
+        bias: [V] of the same type, or None.
+        ignore_index: tokens with this target have loss, gradient and statistics 0, whatever their hidden states hold.
+            On the CPU, and on a GPU with `validate`, they are left out of the products.
+        reduction, token_weights, num_items_in_batch, label_smoothing, z_loss, softcap, logit_scale, return_stats: as in
+            `fused_mixce_loss`.
+        inplace_backward, grad_in_forward: permissions that this function has no use for: there are no logits to
+            overwrite, and the gradient is computed in the forward where that costs nothing.
+        validate: check the values of targets and of a tensor eta, synchronising with a GPU. On the CPU targets are
+            always checked.
+        max_chunk_bytes: memory for the logits of a chunk with path "chunks": as many rows are taken as fit, at least
+            one. None: 56 MiB on a CPU, 1 GiB on a GPU. For half-precision operands on a CPU this includes the float32
+            copy of a tile of the weight.
+        path: "chunks" or "tiles".
+        backend: "cpu", "cuda", "triton" or "reference", whose kernels turn logits into losses and gradients; None picks
+            the best that can serve, or `MIXCE_BACKEND` of the environment. Path "tiles" is Triton's alone.
+
+    Returns:
+        The loss, float32 (float64 for float64 tensors); with `return_stats`, a pair of it and `MixCEStats`.
+
+    Raises:
+        TypeError: an argument has the wrong type or dtype.
+        ValueError: a shape, device, range or combination is wrong.
+        IndexError: a target is out of range, on the CPU or with `validate`. On a GPU, without `validate`, that row's
+            loss is NaN, and so are the gradients that it is part of.
+        RuntimeError: the backend asked for cannot serve these tensors.
+    """
+    options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    compute_dtype = check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden))
+    eta = check_eta(eta, targets)
+    check_reduction(reduction, targets, token_weights, num_items_in_batch)
+    check_linear_options(max_chunk_bytes, path, backend)
+    backend = _resolve(backend, path, hidden, weight, compute_dtype)
+    if backend == "reference":
+        return linear_mixce_loss_reference(
+            hidden,
+            weight,
+            targets,
+            eta,
+            bias=bias,
+            reduction=reduction,
+            token_weights=token_weights,
+            num_items_in_batch=num_items_in_batch,
+            return_stats=return_stats,
+            validate=validate,
+            **options._asdict(),
+        )
+    if validate:
+        check_values(targets, eta, ignore_index, weight.shape[0])
+
+    reduced = Reduction.of(reduction, targets, ignore_index, token_weights, num_items_in_batch)
+    eta_tensor, eta_value = (eta.reshape(-1), 0.0) if isinstance(eta, Tensor) else (None, eta)
+    # Counting the rows that are left needs the host: on a GPU it synchronises.
+    drop_ignored = validate or hidden.device.type == "cpu"
+    inputs = (
+        hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), eta_tensor, eta_value, *options,
+        compute_dtype, max_chunk_bytes, drop_ignored, path, backend, return_stats,
+    )  # fmt: skip
+    wanted = [one is not None and one.requires_grad and torch.is_grad_enabled() for one in (hidden, weight, bias)]
+    if path == "chunks" and reduction != "none" and any(wanted):
+        scale = reduced.token_scale(targets).reshape(-1)
+        loss, _, stats, correct, *_ = linear_autograd.linear_forward_with_grad(*inputs, scale, wanted)
+    else:
+        loss, _, stats, correct = linear_autograd.linear_forward(*inputs)
+        loss = reduced.apply(loss.reshape(targets.shape))
+    loss = loss.to(accumulate_dtype(compute_dtype))
+    if not return_stats:
+        return loss
+    return loss, MixCEStats.of(stats.reshape(5, *targets.shape), correct.reshape(targets.shape))
+
+
+def _resolve(backend: str | None, path: str, hidden: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> str:
+    """The backend that serves; raises RuntimeError where that of path "tiles" or a named one cannot."""
+    if path == "tiles":
+        reason = triton_linear.unavailable(hidden, weight)
+        if reason is not None:
+            raise RuntimeError(f"path 'tiles' cannot serve this call: {reason}")
+        return "triton"
+    like_logits = hidden.new_empty((), dtype=accumulate_dtype(compute_dtype)).expand(1, weight.shape[0])
+    return backends.resolve(backend, like_logits)

@@ -1,0 +1,188 @@
+"""The linear loss in chunks of rows: the logits of a chunk exist, in memory of a bounded size, and no others.
+
+A chunk's logits come from the BLAS, a backend's row kernel turns them into losses and, in place, into their gradient,
+and the BLAS makes the gradients of hidden states and weight from that: three products of N D V multiplications each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixce_kernels import backends
+from mixce_kernels.matmul import Products, padded_empty, products
+from mixce_kernels.ops import empty_results
+from mixce_kernels.options import TokenOptions, accumulate_dtype
+
+# Where the caller names no budget. A CPU's products need some hundred rows to be fast; a GPU's a thousand, at which
+# reading the weight and adding to its gradient takes less time than multiplying.
+DEFAULT_CHUNK_BYTES = {"cpu": 56 * 2**20, "cuda": 2**30}
+
+# Of hidden states, weight and bias, in the type of accumulation; None where not wanted.
+Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Call(NamedTuple):
+    """What forward and backward of a call share."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [N]
+    options: TokenOptions
+    compute_dtype: torch.dtype  # of the products' operands
+    max_chunk_bytes: int | None
+    drop_ignored: bool
+    backend: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of logits, losses and gradients while they are added up."""
+        return accumulate_dtype(self.compute_dtype)
+
+    def empty_grads(self, wanted: list[bool]) -> Grads:
+        """Memory for those gradients that are wanted."""
+        like = (self.hidden, self.weight, self.bias)
+        hidden, weight, bias = (
+            torch.empty(one.shape, dtype=self.dtype, device=one.device) if want and one is not None else None
+            for one, want in zip(like, wanted, strict=True)
+        )
+        return hidden, weight, bias
+
+
+def rows_per_chunk(n_rows: int, vocab_size: int, bytes_per_logit: int, max_bytes: int) -> int:
+    """Rows of each chunk, the last one excepted: as few chunks as the bytes allow, of equal size; at least one row."""
+    most = max(max_bytes // (bytes_per_logit * vocab_size), 1)
+    n_chunks = max(-(-n_rows // most), 1)
+    rows = -(-n_rows // n_chunks)
+    # Products are faster with a multiple of 8.
+    return max(min(-(-rows // 8) * 8, most, n_rows), 1)
+
+
+def forward(
+    call: Call,
+    eta: Tensor | None,  # [N]
+    eta_value: float,
+    results: tuple[Tensor, ...],  # loss [N], state [5, N], stats [5, N] or [0], correct [N] or [0]: written
+    token_scale: Tensor | None,  # [N], with grads
+    grads: Grads,  # written, of sum(token_scale * loss)
+) -> None:
+    """Losses, state and statistics of the tokens, and with `token_scale` the gradients of their weighted sum."""
+    backend = backends.get(call.backend)
+    with_stats = results[2].shape[0] > 0
+    chunks = _Chunks(call, token_scale, grads)
+    if chunks.kept is not None:
+        for result in results:
+            result.zero_()
+    for chunk in chunks:
+        part = empty_results(chunk.logits, chunk.targets, with_stats)
+        chunk_eta = None if eta is None else chunk.of(eta)
+        grad_logits = None if token_scale is None else chunk.logits
+        backend.forward(chunk.logits, chunk.targets, chunk_eta, eta_value, call.options, part, chunk.scale, grad_logits)
+        for result, its_part in zip(results, part, strict=True):
+            if its_part.numel() > 0:
+                result[..., chunk.rows] = its_part
+        if grad_logits is not None:
+            chunks.add_grads(chunk)
+    chunks.finish_grads()
+
+
+def grad(
+    call: Call,
+    state: Tensor,  # [5, N]
+    grad_loss: Tensor,  # [N]
+    grads: Grads,
+) -> None:
+    """The gradients of sum(grad_loss * loss), from the state of the forward; the logits are computed once more."""
+    backend = backends.get(call.backend)
+    chunks = _Chunks(call, grad_loss, grads)
+    for chunk in chunks:
+        assert chunk.scale is not None
+        chunk_state = chunk.of(state).contiguous()
+        backend.logits_grad(chunk.logits, chunk.targets, chunk_state, chunk.scale, call.options, chunk.logits)
+        chunks.add_grads(chunk)
+    chunks.finish_grads()
+
+
+class _Chunk(NamedTuple):
+    """Some rows: a range of all, or those that an index names."""
+
+    rows: slice | Tensor
+    hidden: Tensor  # [R, D], finite where ignored
+    targets: Tensor  # [R]
+    scale: Tensor | None  # [R], the upstream gradient
+    logits: Tensor  # [R, V]
+
+    def of(self, per_token: Tensor) -> Tensor:
+        """The chunk's part of a tensor [..., N]."""
+        return per_token[..., self.rows]
+
+
+class _Chunks:
+    """The chunks of a call, each with its logits; their gradients, once they are made, are added up here."""
+
+    def __init__(self, call: Call, scale: Tensor | None, grads: Grads) -> None:
+        self.call = call
+        self.scale = scale
+        self.grad_hidden, self.grad_weight, self.grad_bias = grads
+        self.products: Products = products(call.weight, call.bias, call.compute_dtype)
+        self.valid = call.targets != call.options.ignore_index
+        # The rows that are not ignored, where others are left out; None: all rows are taken.
+        self.kept: Tensor | None = None
+        if call.drop_ignored:
+            kept = self.valid.nonzero().squeeze(-1)
+            self.kept = kept if len(kept) < len(call.targets) else None
+        self.unit: Tensor | None = None
+        if scale is not None and scale.numel() > 0 and self.products.wants_units:
+            largest = scale.abs().amax()
+            self.unit = torch.where(largest == 0, 1.0, largest)
+            self.scale = scale / self.unit
+        self.count = 0
+
+    def __iter__(self) -> Iterator[_Chunk]:
+        call = self.call
+        n_rows = len(call.targets if self.kept is None else self.kept)
+        vocab_size = call.weight.shape[0]
+        budget = call.max_chunk_bytes or DEFAULT_CHUNK_BYTES.get(call.hidden.device.type, DEFAULT_CHUNK_BYTES["cuda"])
+        budget -= self.products.bytes_besides
+        size = rows_per_chunk(n_rows, vocab_size, self.products.bytes_per_logit, budget)
+        buffer = padded_empty(min(size, n_rows), vocab_size, call.dtype, call.hidden.device)
+        for begin in range(0, n_rows, size):
+            rows: slice | Tensor = slice(begin, min(begin + size, n_rows))
+            rows = rows if self.kept is None else self.kept[rows]
+            hidden = call.hidden[rows]
+            if not call.drop_ignored:
+                # Whatever stands in an ignored row, 0 * it must be 0 in the weight's gradient.
+                hidden = torch.where(self.valid[rows].unsqueeze(-1), hidden, 0.0)
+            logits = buffer[: len(hidden)]
+            self.products.logits(hidden, logits)
+            yield _Chunk(rows, hidden, call.targets[rows], None if self.scale is None else self.scale[rows], logits)
+
+    def add_grads(self, chunk: _Chunk) -> None:
+        """Adds those of a chunk whose logits have become their gradient."""
+        grad_logits = self.products.operand(chunk.logits)
+        if self.grad_hidden is not None and isinstance(chunk.rows, slice):
+            self.products.grad_hidden(grad_logits, self.grad_hidden[chunk.rows])
+        elif self.grad_hidden is not None:
+            part = self.grad_hidden.new_empty(chunk.hidden.shape)
+            self.products.grad_hidden(grad_logits, part)
+            self.grad_hidden[chunk.rows] = part
+        if self.grad_weight is not None:
+            self.products.grad_weight(grad_logits, chunk.hidden, self.grad_weight, accumulate=self.count > 0)
+        if self.grad_bias is not None:
+            total = chunk.logits.sum(0)
+            self.grad_bias.copy_(total if self.count == 0 else total + self.grad_bias)
+        self.count += 1
+
+    def finish_grads(self) -> None:
+        """Completes the sums: zeros where nothing was added, and the unit."""
+        if self.kept is not None and self.grad_hidden is not None:
+            self.grad_hidden[~self.valid] = 0.0
+        for one in (self.grad_hidden, self.grad_weight, self.grad_bias):
+            if one is not None and self.count == 0:
+                one.zero_()
+            elif one is not None and self.unit is not None:
+                one.mul_(self.unit)

@@ -1,0 +1,140 @@
+"""The operators of the linear loss, as those of `ops`: schema, and shapes for the compiler.
+
+    linear_forward            hidden, weight, bias -> loss, state, stats, correct          (1 matrix product)
+    linear_grad               hidden, weight, bias, state, grad_loss -> the gradients      (3 products)
+    linear_forward_with_grad  both at once, for a sum of losses whose factors are known    (3 products)
+
+Gradients are of the type of accumulation, [0] where not wanted. The loss of `linear_forward_with_grad` is that sum.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixce_kernels import linear_chunks
+from mixce_kernels.backends import triton_linear
+from mixce_kernels.linear_chunks import Call, Grads
+from mixce_kernels.ops import ETA, OPTIONS, RESULTS, empty_results, library
+from mixce_kernels.options import TokenOptions, accumulate_dtype, check_targets_in_range
+
+_INPUTS = f"Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {ETA}, {OPTIONS}"
+# How it is computed: the type of the products' operands, the chunks' memory, whether ignored rows are left out.
+_HOW = "ScalarType compute_dtype, int? max_chunk_bytes, bool drop_ignored, str path, str backend"
+_GRADS = "Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias"
+
+library.define(f"linear_forward({_INPUTS}, {_HOW}, bool with_stats) -> ({RESULTS})")
+library.define(f"linear_grad({_INPUTS}, {_HOW}, Tensor state, Tensor grad_loss, bool[3] wanted) -> ({_GRADS})")
+library.define(
+    f"linear_forward_with_grad({_INPUTS}, {_HOW}, bool with_stats, Tensor token_scale, bool[3] wanted)"
+    f" -> ({RESULTS}, {_GRADS})"
+)
+N_SHARED = 16  # arguments of _INPUTS and _HOW
+
+
+class Inputs:
+    """The arguments that the operators share, in their schemas' order."""
+
+    def __init__(self, args: tuple[Any, ...]) -> None:
+        self.hidden, self.weight, self.bias, self.targets, self.eta, self.eta_value = args[:6]
+        self.options = TokenOptions(*args[6:11])
+        self.compute_dtype, self.max_chunk_bytes, self.drop_ignored, self.path, self.backend = args[11:N_SHARED]
+        self.dtype = accumulate_dtype(self.compute_dtype)
+
+    def call(self) -> Call:
+        """As the path "chunks" takes them."""
+        return Call(
+            self.hidden, self.weight, self.bias, self.targets, self.options, self.compute_dtype, self.max_chunk_bytes,
+            self.drop_ignored, self.backend,
+        )  # fmt: skip
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """As the path "tiles" takes them: of one type, the last dimension contiguous."""
+        hidden, weight = (one.to(self.compute_dtype) for one in (self.hidden, self.weight))
+        hidden, weight = (one if one.stride(-1) == 1 else one.contiguous() for one in (hidden, weight))
+        return hidden, weight, self.bias, self.targets
+
+    def empty_results(self, with_stats: bool) -> tuple[Tensor, ...]:
+        """Memory for loss, state and statistics."""
+        return empty_results(self.hidden.new_empty(0, dtype=self.dtype), self.targets, with_stats)
+
+    def empty_grads(self, wanted: list[bool]) -> list[Tensor]:
+        """Memory for the gradients that are wanted, and [0] for the others."""
+        return [
+            self.hidden.new_empty(one.shape if want and one is not None else (0,), dtype=self.dtype)
+            for one, want in zip((self.hidden, self.weight, self.bias), wanted, strict=True)
+        ]
+
+    def check_targets(self) -> None:
+        """Raises IndexError for a bad target on the CPU, before anything is computed."""
+        if self.backend == "cpu":
+            check_targets_in_range(self.targets, self.options.ignore_index, self.weight.shape[0])
+
+
+# Inside of the operators no autocast may come between: their types are settled.
+
+
+def linear_forward(*args: Any) -> tuple[Tensor, ...]:
+    inputs, (with_stats,) = Inputs(args), args[N_SHARED:]
+    inputs.check_targets()
+    results = inputs.empty_results(with_stats)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        if inputs.path == "tiles":
+            triton_linear.forward(*inputs.operands(), inputs.eta, inputs.eta_value, inputs.options, results)
+        else:
+            linear_chunks.forward(inputs.call(), inputs.eta, inputs.eta_value, results, None, (None, None, None))
+    return results
+
+
+def linear_grad(*args: Any) -> tuple[Tensor, ...]:
+    inputs, (state, grad_loss, wanted) = Inputs(args), args[N_SHARED:]
+    grads = inputs.empty_grads(wanted)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        if inputs.path == "tiles":
+            triton_linear.grad(*inputs.operands(), state, grad_loss, inputs.options, *_wanted(grads, wanted))
+        else:
+            linear_chunks.grad(inputs.call(), state, grad_loss, _wanted(grads, wanted))
+    return tuple(grads)
+
+
+def linear_forward_with_grad(*args: Any) -> tuple[Tensor, ...]:
+    inputs, (with_stats, token_scale, wanted) = Inputs(args), args[N_SHARED:]
+    inputs.check_targets()
+    results = inputs.empty_results(with_stats)
+    grads = inputs.empty_grads(wanted)
+    with torch.autocast(inputs.hidden.device.type, enabled=False):
+        linear_chunks.forward(inputs.call(), inputs.eta, inputs.eta_value, results, token_scale, _wanted(grads, wanted))
+    loss, *others = results
+    return _weighted_sum(loss, token_scale), *others, *grads
+
+
+def _wanted(grads: list[Tensor], wanted: list[bool]) -> Grads:
+    hidden, weight, bias = (one if want else None for one, want in zip(grads, wanted, strict=True))
+    return hidden, weight, bias
+
+
+def _weighted_sum(loss: Tensor, token_scale: Tensor) -> Tensor:
+    return (loss * token_scale).sum(dtype=torch.float64)
+
+
+for _kernel in (linear_forward, linear_grad, linear_forward_with_grad):
+    library.impl(_kernel.__name__, _kernel, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("mixce_kernels::linear_forward", lib=library)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return Inputs(args).empty_results(*args[N_SHARED:])
+
+
+@torch.library.register_fake("mixce_kernels::linear_grad", lib=library)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    return tuple(Inputs(args).empty_grads(args[-1]))
+
+
+@torch.library.register_fake("mixce_kernels::linear_forward_with_grad", lib=library)
+def _(*args: Any) -> tuple[Tensor, ...]:
+    inputs, (with_stats, token_scale, wanted) = Inputs(args), args[N_SHARED:]
+    loss, *others = inputs.empty_results(with_stats)
+    return _weighted_sum(loss, token_scale), *others, *inputs.empty_grads(wanted)
