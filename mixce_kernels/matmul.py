@@ -21,6 +21,9 @@ from mixce_kernels.options import accumulate_dtype
 
 # Rows of the weight in a tile: with their logits they stay in a CPU's caches, and their float32 copy is small.
 _TILE = 2048
+# Of so few rows MKL adds up the terms of a product one after another: a sum over the vocabulary would lose two digits.
+_FEW_ROWS = 3
+_SHORT_SUM = 512
 
 
 class Products(Protocol):
@@ -71,7 +74,7 @@ class TiledProducts:
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         hidden = self._operand(hidden)
-        for columns, weight in self._tiles():
+        for columns, weight in self._tiles(self.tile):
             if self.bias is None:
                 torch.mm(hidden, weight.t(), out=out[:, columns])
             else:
@@ -81,12 +84,13 @@ class TiledProducts:
         return grad_logits
 
     def grad_hidden(self, grad_logits: Tensor, out: Tensor) -> None:
-        if self.weight.dtype == self.dtype == self.compute_dtype:
+        few = len(grad_logits) <= _FEW_ROWS and self.weight.device.type == "cpu"
+        if not few and self.weight.dtype == self.dtype == self.compute_dtype:
             torch.mm(grad_logits, self.weight, out=out)
             return
         out.zero_()
-        for columns, weight in self._tiles():
-            out.addmm_(grad_logits[:, columns], weight)
+        for columns, weight in self._tiles(_SHORT_SUM if few else self.tile):
+            out += torch.mm(grad_logits[:, columns], weight)
 
     def grad_weight(self, grad_logits: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
         hidden = self._operand(hidden)
@@ -98,9 +102,9 @@ class TiledProducts:
     def _operand(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.compute_dtype).to(self.dtype)
 
-    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        for begin in range(0, self.weight.shape[0], self.tile):
-            columns = slice(begin, begin + self.tile)
+    def _tiles(self, size: int) -> Iterator[tuple[slice, Tensor]]:
+        for begin in range(0, self.weight.shape[0], size):
+            columns = slice(begin, begin + size)
             yield columns, self._operand(self.weight[columns])
 
 
