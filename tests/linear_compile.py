@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import sys
 from typing import Any, NamedTuple
 
@@ -60,8 +61,8 @@ def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
     constants: dict[str, Any] = dict.fromkeys(OPTIONS, variant.options)
     constants |= {"EVEN": variant.aligned, "VECTOR": 16 // itemsize if variant.aligned else 1}
     constants |= {"INTERPRETED": False, "PRODUCTS": True, "SCALED": variant.dtype == "fp16"}
-    forward = forward_config(variant.n_rows, VOCAB_SIZE, itemsize, variant.options, arch)
-    grad = grad_config(variant.n_rows, VOCAB_SIZE, DEPTH, itemsize, variant.options, arch)
+    forward = forward_config(variant.n_rows, VOCAB_SIZE, itemsize, variant.options, variant.aligned, arch)
+    grad = grad_config(variant.n_rows, VOCAB_SIZE, DEPTH, itemsize, variant.options, variant.aligned, arch)
     tiles = forward.tiles if function.__name__.startswith("linear_forward") else grad.tiles
     constants |= {"SPLITS": forward.merge_splits, "ROWS": forward.merge_rows, "GROUP": tiles.group}
     constants |= {"BLOCK_N": tiles.block_n, "BLOCK_V": tiles.block_v, "BLOCK_D": tiles.block_d}
@@ -94,6 +95,9 @@ def main() -> None:
     for target_name, variant in variants(sys.argv[1]):
         compiled = compile_variant(target_name, variant)
         facts = facts_of(target_name, compiled) | {"shared": compiled.metadata.shared}
+        # Copies to shared memory while products run: of so many bytes each.
+        copies = re.findall(r"cp\.async\.c[ag]\.shared\.global .*?, 0x(\w+)", compiled.asm.get("ptx", ""))
+        facts["copies"] = sorted({int(size, 16) for size in copies})
         print(json.dumps({"target": target_name, **variant._asdict(), **facts}), flush=True)
 
 

@@ -64,8 +64,9 @@ def forward(
     flags = {"CAP": options.softcap is not None, "SMOOTH": options.label_smoothing > 0, "STATS": stats.shape[0] > 0}
     with _device_of(hidden):
         config = forward_config(
-            n_rows, vocab_size, hidden.element_size(), any(flags.values()), _arch(), _multiprocessors(hidden)
-        )
+            n_rows, vocab_size, hidden.element_size(), any(flags.values()), _aligned(hidden, weight), _arch(),
+            _multiprocessors(hidden),
+        )  # fmt: skip
         order, n_valid = _valid_first(targets, options.ignore_index)
         partial = loss.new_empty((config.n_splits, kernels.PARTIALS.value, n_rows))
         kernels.linear_forward_kernel[(config.n_row_blocks * config.n_splits,)](
@@ -154,8 +155,8 @@ def grad(
     scaled = hidden.dtype == torch.float16
     with _device_of(hidden):
         config = grad_config(
-            n_rows, vocab_size, depth, itemsize, options.softcap is not None or grad_bias is not None, _arch(),
-            _multiprocessors(hidden),
+            n_rows, vocab_size, depth, itemsize, options.softcap is not None or grad_bias is not None,
+            _aligned(hidden, weight), _arch(), _multiprocessors(hidden),
         )  # fmt: skip
         tiles, n_row_blocks, n_depth_blocks = config.tiles, config.n_row_blocks, config.n_depth_blocks
         order, n_valid = _valid_first(targets, options.ignore_index)
@@ -274,12 +275,15 @@ def _valid_first(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 
 def _scale(state: Tensor, upstream: Tensor, options: TokenOptions) -> Tensor:
     """A power of two [1] that brings the largest gradient of a logit just below 2^14, far above float16's underflow."""
-    # Without smoothing and z-loss all of a row's gradients are at most |t|, however sure the row is of its target.
-    largest = state[4].abs() if options.label_smoothing == options.z_loss == 0 else state[2:].abs().amax(0)
+    largest = state[2:].abs().amax(0)
+    if options.label_smoothing == options.z_loss == 0:
+        # All of a row's gradients are at most |t| then, which is small where the row is sure of its target. The scaled
+        # a must remain finite.
+        largest = torch.maximum(state[4].abs(), state[2].abs() * 2.0**-64)
     largest = largest * upstream.to(state.dtype).abs() * options.logit_scale
     largest = torch.where(largest.isfinite(), largest, 0.0).amax().reshape(1)
     # By the bits of float32: 2^e is (e + 127) << 23.
-    exponent = (13 + 2 * 127 - (largest.view(torch.int32) >> 23)).clamp(1, 2 * 127 - 1)
+    exponent = (13 + 2 * 127 - (largest.view(torch.int32) >> 23)).clamp(27, 227)
     return (exponent << 23).view(torch.float32)
 
 
@@ -289,14 +293,18 @@ def _multiprocessors(tensor: Tensor) -> int:
     return int(torch.cuda.get_device_properties(tensor.device).multi_processor_count)
 
 
-def _layout(hidden: Tensor, weight: Tensor, *blocks: int) -> dict[str, Any]:
-    """What is known of rows at compile time: whether they are whole blocks of depth, and whole vectors."""
-    depth, itemsize = hidden.shape[1], hidden.element_size()
-    bytes_alike = (depth * itemsize, *(t.stride(0) * itemsize for t in (hidden, weight) if t.shape[0] > 1))
-    aligned = all(number % VECTOR_BYTES == 0 for number in (*bytes_alike, hidden.data_ptr(), weight.data_ptr()))
+def _aligned(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether rows are whole vectors: their lengths, and where they begin."""
+    numbers = [hidden.shape[1], *(tensor.stride(0) for tensor in (hidden, weight) if tensor.shape[0] > 1)]
+    bytes_from_zero = [number * hidden.element_size() for number in numbers] + [hidden.data_ptr(), weight.data_ptr()]
+    return all(number % VECTOR_BYTES == 0 for number in bytes_from_zero)
+
+
+def _layout(hidden: Tensor, weight: Tensor, block: int) -> dict[str, Any]:
+    """What kernels know of rows when they are compiled: whether they are whole blocks of depth, and whole vectors."""
     return {
-        "EVEN": all(depth % block == 0 for block in blocks),
-        "VECTOR": VECTOR_BYTES // itemsize if aligned else 1,
+        "EVEN": hidden.shape[1] % block == 0,
+        "VECTOR": VECTOR_BYTES // hidden.element_size() if _aligned(hidden, weight) else 1,
         "INTERPRETED": os.environ.get("TRITON_INTERPRET") == "1",
     }
 

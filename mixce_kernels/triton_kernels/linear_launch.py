@@ -21,6 +21,8 @@ _MAX_GRAD_SPLITS = 8
 # Columns of a tile by the size of an element, half as many where a thread's registers would not do: what options hold
 # beside a tile, and on sm_100, whose tiles come from tensor memory, the forward's statistics alone.
 _WIDTHS = {2: 128, 4: 64, 8: 32}
+# Of rows that are not whole vectors each element has an address of its own, in registers.
+_UNALIGNED_WIDTH = 64
 # Of a thread, all that NVIDIA's have: told so, ptxas spills none to run more programs at once.
 _MAX_REGISTERS = 255
 # Blocks of rows that programs take in turn before they take the next columns, so that both stay in L2.
@@ -76,14 +78,15 @@ def forward_config(
     vocab_size: int,
     itemsize: int,
     with_options: bool = False,
+    aligned: bool = True,
     arch: int = 0,
     multiprocessors: int = 132,
 ) -> ForwardConfig:
     """The launches of the forward; `with_options` says whether there are a softcap, label smoothing or statistics.
 
-    `arch` is NVIDIA's, 90 for sm_90, and 0 elsewhere.
+    `aligned` says whether rows of hidden and weight are whole vectors. `arch` is NVIDIA's, 90 for sm_90, 0 elsewhere.
     """
-    tiles = _tiles(n_rows, itemsize, with_options or arch >= 100, arch)
+    tiles = _tiles(n_rows, itemsize, with_options or arch >= 100, aligned, arch)
     n_row_blocks = _cdiv(n_rows, tiles.block_n)
     n_tiles = _cdiv(vocab_size, tiles.block_v)
     wanted = max(_cdiv(n_tiles, _SPLIT_TILES), _cdiv(_WAVES * multiprocessors, n_row_blocks))
@@ -100,13 +103,14 @@ def grad_config(
     depth: int,
     itemsize: int,
     with_options: bool = False,
+    aligned: bool = True,
     arch: int = 0,
     multiprocessors: int = 132,
 ) -> GradConfig:
     """The launches of the backward; `with_options` says whether there are a softcap or a bias that wants a gradient."""
-    tiles = _tiles(n_rows, itemsize, with_options and arch >= 100, arch)
+    tiles = _tiles(n_rows, itemsize, with_options and arch >= 100, aligned, arch)
     n_row_blocks = _cdiv(n_rows, tiles.block_n)
-    block_out = _WIDTHS[itemsize]
+    block_out = _WIDTHS[itemsize] if aligned else min(_WIDTHS[itemsize], _UNALIGNED_WIDTH)
     n_depth_blocks = _cdiv(depth, block_out)
     fitting = _SCRATCH_BYTES // (n_row_blocks * tiles.block_n * itemsize) // block_out * block_out
     span = min(max(fitting, _MIN_SPAN), _cdiv(vocab_size, block_out) * block_out)
@@ -119,20 +123,23 @@ def grad_config(
     )
 
 
-def _tiles(n_rows: int, itemsize: int, narrow: bool, arch: int) -> Tiles:
+def _tiles(n_rows: int, itemsize: int, narrow: bool, aligned: bool, arch: int) -> Tiles:
     block_v = _WIDTHS[itemsize]
     max_registers = _MAX_REGISTERS if arch else None
     if itemsize == 8:
         return Tiles(32, block_v, 16, 4, 2, max_registers)
+    block_n = 64 if n_rows > 16 else 16
+    if not aligned:
+        return Tiles(block_n, _UNALIGNED_WIDTH, 64 // itemsize, 8, 2, max_registers)
     if itemsize == 4:
-        return Tiles(64 if n_rows > 16 else 16, block_v, 32, 4, 2, max_registers)
+        return Tiles(block_n, block_v, 32, 4, 2, max_registers)
     if narrow:
         block_v //= 2
     # sm_120 has 99 KiB of shared memory a block, and AMD's have 64.
     block_d, num_stages = (64, 3) if 80 <= arch < 120 else (32, 2)
     if n_rows > 64:
         return Tiles(128, block_v, block_d, 8, num_stages, max_registers)
-    return Tiles(64 if n_rows > 16 else 16, block_v, block_d, 4, num_stages, max_registers)
+    return Tiles(block_n, block_v, block_d, 4, num_stages, max_registers)
 
 
 def _cdiv(a: int, b: int) -> int:
