@@ -25,6 +25,8 @@ N_ROWS, VOCAB_SIZE = 8192, 128256
 DEPTHS = (768, 2048, 4096, 8192)
 PATHS = ("chunks", "tiles", "materialised")
 STEPS = ("forward", "forward + backward")
+# Copies hidden states, ignored tokens' last, for the gradient by weight; PyTorch's kernel.
+IN_ORDER = "hidden in order"
 # Thread instructions for a logit beside those that grow with the depth: Pass 1, and Pass 2. Counted on sm_80.
 TILE_INSTRUCTIONS = {"linear_forward": 27.1, "linear_grad_logits": 20.4}
 
@@ -121,6 +123,7 @@ def _tiles(n: int, v: int, d: int, backward: bool, arch: int, multiprocessors: i
         grad = grad_config(n, v, d, HALF, arch=arch, multiprocessors=multiprocessors)
         n_spans = -(-v // grad.span)
         launches += [
+            Launch(IN_ORDER, 0, 2 * HALF * hidden),
             Launch(
                 "gradient of tiles",
                 product,
@@ -135,7 +138,12 @@ def _tiles(n: int, v: int, d: int, backward: bool, arch: int, multiprocessors: i
             Launch("gradient by weight", product, HALF * (logits + n_spans * hidden) + SINGLE * v * d),
         ]
         scratch = HALF * float(grad.n_row_blocks * grad.tiles.block_n * grad.span)
-        held += scratch + SINGLE * (hidden + v * d) + (SINGLE * grad.n_splits * hidden if grad.n_splits > 1 else 0)
+        held += (
+            scratch
+            + HALF * hidden
+            + SINGLE * (hidden + v * d)
+            + (SINGLE * grad.n_splits * hidden if grad.n_splits > 1 else 0)
+        )
     return Modelled(tuple(launches), held)
 
 

@@ -70,7 +70,8 @@ def check_counts(launches: list[Any]) -> None:
         launches.clear()
         fused_linear_mixce_loss(hidden, weight, torch.arange(n), path="tiles").backward()
         model = linear_model.modelled("tiles", "forward + backward", n, v, d, 80, _EMULATED_MULTIPROCESSORS).launches
-        for launch, expected in zip(launches, model, strict=True):
+        ours = [launch for launch in model if launch.name != linear_model.IN_ORDER]
+        for launch, expected in zip(launches, ours, strict=True):
             counted[launch.name.removesuffix("_kernel"), d] = launch.counters
             touched = launch.counters["unique_loaded_bytes"] + launch.counters["unique_stored_bytes"]
             # Besides, some numbers of each row.
@@ -83,6 +84,15 @@ def check_counts(launches: list[Any]) -> None:
             first, second = (counted[kernel, d][key] for d in depths)
             expected = of_depth[1][index] - of_depth[0][index]
             assert expected <= second - first <= (1 + slack) * expected, (kernel, key, first, second, expected)
+    # Ignored tokens are left out of every product: half of them leave half of the blocks.
+    targets = torch.arange(n).where(torch.arange(n) % 2 == 0, -100)
+    launches.clear()
+    fused_linear_mixce_loss(hidden, weight, targets, path="tiles").backward()
+    for launch in launches:
+        name = launch.name.removesuffix("_kernel")
+        if name != "linear_merge":
+            loaded = launch.counters["global_loaded_bytes"]
+            assert loaded <= 0.55 * counted[name, depths[1]]["global_loaded_bytes"], (name, loaded)
     # What is left of a logit's instructions at no depth at all: Pass 1, Pass 2.
     for kernel, instructions in linear_model.TILE_INSTRUCTIONS.items():
         first, second = (counted[kernel, d]["instructions"] for d in depths)

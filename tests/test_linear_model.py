@@ -46,6 +46,7 @@ def test_bytes_of_tiles_by_hand() -> None:
     assert found == {
         "statistics of tiles": 2 * (N * D + 4 * V * D) + partials,
         "merge": partials,
+        "hidden in order": 4 * N * D,
         "gradient of tiles": 2 * (16 * N * D + V * D + N * V),
         "gradient by hidden": 2 * (N * V + V * D) + 4 * 31 * N * D,
         "gradient by weight": 2 * (N * V + 16 * N * D) + 4 * V * D,

@@ -170,6 +170,7 @@ def grad(
         if partial is not None:
             # An ignored token's row is written by no program.
             partial.zero_()
+        hidden_in_order = hidden if grad_weight is None else hidden.index_select(0, order)
         shared = _compiled_for(tiles) | {"SCALED": scaled}
         products_layout = shared | _layout(hidden, weight, config.block_out)
         products_layout |= {"BLOCK_K": config.block_k, "BLOCK_OUT": config.block_out}
@@ -235,15 +236,13 @@ def grad(
             if grad_weight is not None:
                 n_blocks = -(-width // config.block_out)
                 kernels.linear_grad_weight_kernel[(n_blocks * n_depth_blocks,)](
-                    hidden,
-                    order,
+                    hidden_in_order,
                     n_valid,
                     scale,
                     scratch,
                     grad_weight,
                     vocab_size,
                     depth,
-                    hidden.stride(0),
                     n_blocks,
                     n_depth_blocks,
                     first_column,

@@ -186,15 +186,13 @@ def linear_grad_hidden_kernel(
 
 @kernel
 def linear_grad_weight_kernel(
-    hidden_ptr,  # [N, D]
-    order_ptr,  # [N]
+    hidden_ptr,  # [N, D], by positions: a row's number would have to be there before its load could be under way
     n_valid_ptr,  # [1]
     scale_ptr,  # [1], where SCALED
     scratch_ptr,  # [NP, SPAN]
     grad_ptr,  # [V, D]
     vocab_size: tl.int32,
     depth: tl.int32,
-    hidden_stride: tl.int64,
     n_column_blocks: tl.int32,
     n_depth_blocks: tl.int32,
     first_column: tl.int32,
@@ -217,9 +215,9 @@ def linear_grad_weight_kernel(
     n_valid = tl.load(n_valid_ptr).to(tl.int32)
     total = tl.zeros((BLOCK_V, BLOCK_OUT), real)
     for k in range(0, n_valid, BLOCK_K):
-        row, _ = rows_at(order_ptr, n_valid, k, BLOCK_K)
+        position = tl.minimum(k + tl.arange(0, BLOCK_K), n_valid - 1).to(tl.int64)
         grad = tl.load(scratch_tile(scratch_ptr, k, column_block * BLOCK_V, span, BLOCK_K, BLOCK_V))
-        hidden = load_depth(hidden_ptr + row * hidden_stride, depth_block * BLOCK_OUT, depth, EVEN, VECTOR, BLOCK_OUT)
+        hidden = load_depth(hidden_ptr + position * depth, depth_block * BLOCK_OUT, depth, EVEN, VECTOR, BLOCK_OUT)
         total = tl.dot(
             tl.trans(operand(grad, INTERPRETED)), operand(hidden, INTERPRETED), total,
             input_precision="ieee", out_dtype=real,
