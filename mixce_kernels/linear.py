@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from mixce_kernels import backends, linear_autograd
+from mixce_kernels.autocast import autocast_dtype
 from mixce_kernels.backends import triton_linear
 from mixce_kernels.options import (
     accumulate_dtype,
-    autocast_dtype,
     check_eta,
     check_linear_options,
     check_linear_tensors,
@@ -74,7 +74,7 @@ def fused_linear_mixce_loss(
         validate: check the values of targets and of a tensor eta, synchronising with a GPU. On the CPU targets are
             always checked.
         max_chunk_bytes: memory for the logits of a chunk with path "chunks": as many rows are taken as fit, at least
-            one. None: 56 MiB on a CPU, 1 GiB on a GPU. For half-precision operands on a CPU this includes the float32
+            one. None: 48 MiB on a CPU, 1 GiB on a GPU. For half-precision operands on a CPU this includes the float32
             copy of a tile of the weight.
         path: "chunks" or "tiles".
         backend: "cpu", "cuda", "triton" or "reference", whose kernels turn logits into losses and gradients; None picks

@@ -26,8 +26,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], *others: Tensor | None) -> None:
 
 def _shared(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
     """The arguments that the operators share, and the other saved tensors."""
-    *inputs, _eta = ctx.saved_tensors[:5]
-    return (*inputs, _eta, *ctx.rest), ctx.saved_tensors[5:]
+    hidden, weight, bias, targets, eta, *others = ctx.saved_tensors  # once: a checkpoint's hooks recompute them
+    return (hidden, weight, bias, targets, eta, *ctx.rest), tuple(others)
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels import linear_chunks
+from mixce_kernels.autocast import without_autocast
 from mixce_kernels.backends import triton_linear
 from mixce_kernels.linear_chunks import Call, Grads
 from mixce_kernels.ops import ETA, OPTIONS, RESULTS, empty_results, library
@@ -80,7 +81,7 @@ def linear_forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, (with_stats,) = Inputs(args), args[N_SHARED:]
     inputs.check_targets()
     results = inputs.empty_results(with_stats)
-    with torch.autocast(inputs.hidden.device.type, enabled=False):
+    with without_autocast(inputs.hidden):
         if inputs.path == "tiles":
             triton_linear.forward(*inputs.operands(), inputs.eta, inputs.eta_value, inputs.options, results)
         else:
@@ -91,7 +92,7 @@ def linear_forward(*args: Any) -> tuple[Tensor, ...]:
 def linear_grad(*args: Any) -> tuple[Tensor, ...]:
     inputs, (state, grad_loss, wanted) = Inputs(args), args[N_SHARED:]
     grads = inputs.empty_grads(wanted)
-    with torch.autocast(inputs.hidden.device.type, enabled=False):
+    with without_autocast(inputs.hidden):
         if inputs.path == "tiles":
             triton_linear.grad(*inputs.operands(), state, grad_loss, inputs.options, *_wanted(grads, wanted))
         else:
@@ -104,7 +105,7 @@ def linear_forward_with_grad(*args: Any) -> tuple[Tensor, ...]:
     inputs.check_targets()
     results = inputs.empty_results(with_stats)
     grads = inputs.empty_grads(wanted)
-    with torch.autocast(inputs.hidden.device.type, enabled=False):
+    with without_autocast(inputs.hidden):
         linear_chunks.forward(inputs.call(), inputs.eta, inputs.eta_value, results, token_scale, _wanted(grads, wanted))
     loss, *others = results
     return _weighted_sum(loss, token_scale), *others, *grads

@@ -30,13 +30,6 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
-    """The type to which autocast, where it is active, converts a product's operands on the tensor's device."""
-    if not isinstance(tensor, Tensor) or not torch.is_autocast_enabled(tensor.device.type):
-        return None
-    return torch.get_autocast_dtype(tensor.device.type)
-
-
 def check_token_options(
     ignore_index: int, label_smoothing: float, z_loss: float, softcap: float | None, logit_scale: float
 ) -> TokenOptions:

@@ -7,16 +7,14 @@ ACL 2023 (arXiv 2305.16958).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mixce_kernels.autocast import autocast_dtype, without_autocast
 from mixce_kernels.options import (
     TokenOptions,
     accumulate_dtype,
-    autocast_dtype,
     check_eta,
     check_linear_options,
     check_linear_tensors,
@@ -136,20 +134,41 @@ def linear_mixce_loss_reference(
     eta: float | Tensor = 0.5,
     *,
     bias: Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    token_weights: Tensor | None = None,  # [...]
+    num_items_in_batch: float | Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace_backward: bool = False,
+    grad_in_forward: bool = False,
+    return_stats: bool = False,
+    validate: bool = False,
     max_chunk_bytes: int | None = None,
     path: str = "chunks",
-    **options: Any,
 ) -> Tensor | tuple[Tensor, MixCEStats]:
-    """`mixce_loss_reference` of the logits hidden @ weight.T + bias: arguments of `fused_linear_mixce_loss`.
+    """`mixce_loss_reference` of the logits hidden @ weight.T + bias.
 
-    All logits are materialised, in float32 (float64 for float64 tensors); under autocast the operands are rounded to
-    its type first. `max_chunk_bytes` and `path` change no value. Differentiable any number of times.
+    Arguments, results and errors are those of `fused_linear_mixce_loss`. All logits are materialised, in float32
+    (float64 for float64 tensors); under autocast the operands are rounded to its type first. `max_chunk_bytes` and
+    `path` change no value. Differentiable any number of times.
     """
+    options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     compute_dtype = check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden))
     check_linear_options(max_chunk_bytes, path, None)
-    valid = targets != options.get("ignore_index", -100)
-    logits = linear_logits(hidden, weight, bias, valid, compute_dtype)
-    return mixce_loss_reference(logits, targets, eta, **options)
+    return mixce_loss_reference(
+        linear_logits(hidden, weight, bias, targets != ignore_index, compute_dtype),
+        targets,
+        eta,
+        reduction=reduction,
+        token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch,
+        return_stats=return_stats,
+        validate=validate,
+        **options._asdict(),
+    )
 
 
 def linear_logits(
@@ -164,5 +183,5 @@ def linear_logits(
     # Whatever stands in an invalid row must not reach the graph: 0 * NaN would.
     hidden = hidden.masked_fill(~valid.unsqueeze(-1), 0.0).to(compute_dtype).to(dtype)
     weight = weight.to(compute_dtype).to(dtype)
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden):
         return F.linear(hidden, weight, None if bias is None else bias.to(dtype))
