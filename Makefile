@@ -1,4 +1,5 @@
-# `make benchmark` and `make test` do all their set-up, in the virtual environment .venv, and so does `make lint`.
+# `make benchmark`, `make benchmark-linear`, `make test` and `make lint` do all their set-up, in the virtual environment
+# .venv.
 # They take the newest torch; for another: make test TORCH=torch==2.13.0 TRITON=triton==3.7.1 (first `make clean`).
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,11 +9,14 @@ TRITON ?= $(if $(filter Linux,$(shell uname)),triton)
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: benchmark test lint clean
+.PHONY: benchmark benchmark-linear test lint clean
 
 # For example: make benchmark ARGS=--full
 benchmark: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_vocab.py $(ARGS)
+
+benchmark-linear: $(VENV)/installed
+	$(BIN)/python benchmarks/bench_linear.py $(ARGS)
 
 # Passive waiting, because the workers share the cores: threads that spin would take them from one another.
 test: $(VENV)/installed

@@ -57,7 +57,7 @@ def _bars(rows: list[Row], path: Path, column: str, title: str) -> Path | None:
         panels = groups(rows, KEY[:5])
     if not panels:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     across = min(len(panels), 3)
     down = -(-len(panels) // across)
     bars = max(len(members) for members in panels.values())
@@ -74,8 +74,8 @@ def _bars(rows: list[Row], path: Path, column: str, title: str) -> Path | None:
         axis.tick_params(labelsize=7)
         axis.set_title(_panel_title(cell), fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Loss and gradient: {title} ({_machine(rows[0])})", fontsize=9)
-    return _save(figure, path)
+    figure.suptitle(f"Loss and gradient: {title} ({machine_name(rows[0])})", fontsize=9)
+    return save(figure, path)
 
 
 def _by_vocabulary(rows: list[Row], path: Path) -> Path | None:
@@ -87,7 +87,7 @@ def _by_vocabulary(rows: list[Row], path: Path) -> Path | None:
     allocator = rows[0]["allocator"]
     rows = [row for row in rows if row["threads"] == threads and row["allocator"] == allocator]
     panels = groups(rows, ("dtype", "mode"))
-    plt = _pyplot()
+    plt = pyplot()
     across = len({mode for _, mode in panels})
     down = -(-len(panels) // across)
     figure, axes = plt.subplots(down, across, figsize=(3.9 * across, 2.9 * down), squeeze=False)
@@ -110,11 +110,12 @@ def _by_vocabulary(rows: list[Row], path: Path) -> Path | None:
         axis.legend(fontsize=6)
         axis.spines[["top", "right"]].set_visible(False)
     plural = "s" * (threads != "1")
-    figure.suptitle(f"{_machine(rows[0])}, {threads} thread{plural}, allocator {allocator}", fontsize=9)
-    return _save(figure, path)
+    figure.suptitle(f"{machine_name(rows[0])}, {threads} thread{plural}, allocator {allocator}", fontsize=9)
+    return save(figure, path)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib, for files."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -123,10 +124,11 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Writes the figure and closes it."""
     figure.tight_layout()
     figure.savefig(path, dpi=130)
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return path
 
 
@@ -141,7 +143,8 @@ def _panel_title(cell: tuple[str, ...]) -> str:
     return f"{shape}\n{cell[3]} thread{'s' * (cell[3] != '1')}, allocator {cell[4]}"
 
 
-def _machine(row: Row) -> str:
+def machine_name(row: Row) -> str:
+    """The device that the rows are of."""
     return row["cpu"] if row["device"] == "cpu" else row["device"]
 
 

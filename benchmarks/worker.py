@@ -153,14 +153,14 @@ class Judged(Protocol):
 JudgedT = TypeVar("JudgedT", bound=Judged)
 
 
-def outcome(checked: Callable[[], JudgedT]) -> tuple[str | None, JudgedT | None]:
+def outcome(checked: Callable[[], JudgedT | None]) -> tuple[str | None, JudgedT | None]:
     """What a check says against a contender, None if nothing, and the errors that it found."""
     try:
         found = checked()
     except Exception as error:
         # Whatever a contender raises is its result, and no reason to lose the others'.
         return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", None
-    return found.wrong(), found
+    return None if found is None else found.wrong(), found
 
 
 def _rows(mode: str, timing: Timing) -> list[tuple[str, list[float]]]:
