@@ -76,20 +76,22 @@ def modelled(path: str, step: str, n: int, v: int, d: int, arch: int = 90, multi
     """A step by a path: hidden [n, d], weight [v, d]."""
     backward = step == STEPS[1]
     if path == "chunks":
-        return _chunks(n, v, d, backward)
+        return _chunks(n, v, d, backward, arch)
     if path == "tiles":
         return _tiles(n, v, d, backward, arch, multiprocessors)
     return _materialised(n, v, d, backward)
 
 
-def _chunks(n: int, v: int, d: int, backward: bool) -> Modelled:
+def _chunks(n: int, v: int, d: int, backward: bool, arch: int) -> Modelled:
     rows = rows_per_chunk(n, v, SINGLE + HALF, DEFAULT_CHUNK_BYTES["cuda"])
     n_chunks = -(-n // rows)
     product, logits = 2.0 * n * v * d, float(n * v)
     weights, hidden = float(n_chunks * v * d), float(n * d)
+    # With a gradient a row of float32 is read again where no cluster holds it.
+    reads = 2 if backward and arch < 90 else 1
     launches = [
         Launch("logits", product, HALF * (weights + hidden) + SINGLE * logits),
-        Launch("row kernel", 0, SINGLE * logits * (2 if backward else 1)),
+        Launch("row kernel", 0, SINGLE * logits * (reads + backward)),
     ]
     if backward:
         # The first chunk's gradient by weight is written, the others' are added: read and written.
@@ -152,7 +154,7 @@ def _materialised(n: int, v: int, d: int, backward: bool) -> Modelled:
     product, logits, hidden = 2.0 * n * v * d, float(n * v), float(n * d)
     launches = [
         Launch("logits", product, HALF * (hidden + v * d + logits)),
-        Launch("row kernel", 0, HALF * logits * (2 if backward else 1)),
+        Launch("row kernels", 0, HALF * logits * (3 if backward else 1)),
     ]
     if backward:
         launches += [
@@ -164,8 +166,9 @@ def _materialised(n: int, v: int, d: int, backward: bool) -> Modelled:
 
 def least_share(chip: Chip, step: str, n: int, v: int, d: int) -> float | None:
     """Of the BLAS's rate, what the tiles' products need to take as long as the chunks; None where no rate is enough."""
-    chunks = modelled("chunks", step, n, v, d).seconds(chip)
-    tiles = modelled("tiles", step, n, v, d, int(chip.target[3:]), chip.multiprocessors)
+    arch = int(chip.target[3:])
+    chunks = modelled("chunks", step, n, v, d, arch).seconds(chip)
+    tiles = modelled("tiles", step, n, v, d, arch, chip.multiprocessors)
     low, high = 0.0, 100.0
     for _ in range(60):
         share = (low + high) / 2

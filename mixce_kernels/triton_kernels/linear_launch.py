@@ -132,11 +132,12 @@ def _tiles(n_rows: int, itemsize: int, narrow: bool, aligned: bool, arch: int) -
     if not aligned:
         return Tiles(block_n, _UNALIGNED_WIDTH, 64 // itemsize, 8, 2, max_registers)
     if itemsize == 4:
-        return Tiles(block_n, block_v, 32, 4, 2, max_registers)
+        return Tiles(block_n, block_v, 32, 4, 3 if arch else 2, max_registers)
     if narrow:
         block_v //= 2
-    # sm_120 has 99 KiB of shared memory a block, and AMD's have 64.
-    block_d, num_stages = (64, 3) if 80 <= arch < 120 else (32, 2)
+    # sm_120 has 99 KiB of shared memory a block, and AMD's have 64. Three tiles of each operand are under way or in use;
+    # where products are not asynchronous Triton makes one fewer than its stages.
+    block_d, num_stages = (64, 3 if arch >= 90 else 4) if 80 <= arch < 120 else (32, 4 if arch else 2)
     if n_rows > 64:
         return Tiles(128, block_v, block_d, 8, num_stages, max_registers)
     return Tiles(block_n, block_v, block_d, 4, num_stages, max_registers)
