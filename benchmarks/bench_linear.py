@@ -1,6 +1,7 @@
 """Speed and memory of the MixCE loss with its linear head, beside what one would use instead.
 
-    python benchmarks/bench_linear.py            at the sizes of the package's goals
+    python benchmarks/bench_linear.py            at the sizes of the goals; some ten minutes on two idle cores
+    python benchmarks/bench_linear.py --quick    what the goals need, and no more: half of that
     python benchmarks/bench_linear.py --full     other sizes, bfloat16, one thread
     python benchmarks/bench_linear.py --help     fewer or other cells
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ MIN_ROUNDS = 5
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the goals' contenders, loss and gradients, no sweep")
     parser.add_argument("--full", action="store_true", help="more sizes and types, one thread, all of all contenders")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rows", type=integers, default=[], help="tokens N, as 1024,2048")
@@ -58,6 +61,8 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     unknown = [mode for mode in chosen.modes if mode not in LINEAR_MODES]
     if unknown:
         parser.error(f"expected --modes to be of {','.join(LINEAR_MODES)}, got {unknown[0]}")
+    if chosen.quick and chosen.full:
+        parser.error("expected one of --quick and --full, got both")
     if chosen.rounds < MIN_ROUNDS:
         parser.error(f"expected at least {MIN_ROUNDS} --rounds, got {chosen.rounds}")
     return chosen
@@ -109,6 +114,9 @@ def linear_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:
     shapes = linear_shapes(device, args.full, only, args.dtypes)
     allocators = [WARM, DEFAULT] if args.allocator == "both" else [args.allocator]
     timed = linear_cells(device, shapes, threads, allocators, args.full)
+    peaks = [] if args.no_memory else peak_cells(timed, [] if args.quick else args.memory_vocab, threads[-1])
+    if args.quick:
+        timed, peaks = ([replace(cell, all=False) for cell in cells] for cells in (timed, peaks))
     common = {
         "device": args.device,
         "modes": args.modes,
@@ -119,7 +127,6 @@ def linear_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:
     settings: dict[tuple[str, int], list[LinearCell]] = {}
     for cell in timed:
         settings.setdefault((cell.allocator, cell.threads), []).append(cell)
-    peaks = [] if args.no_memory else peak_cells(timed, args.memory_vocab, threads[-1])
     peak_jobs = [_job(PEAK_ENVIRONMENT, peaks, {**common, "peak": True})] if peaks else []
     time_jobs = [
         _job(ALLOCATOR_ENVIRONMENT[allocator], members, {**common, "peak": False})

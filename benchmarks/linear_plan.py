@@ -38,7 +38,7 @@ class LinearCell:
     vocab: int
     threads: int
     allocator: str
-    # Also contenders that no goal needs, and the forward by itself.
+    # Whether contenders that no goal needs take part, and the forward is timed by itself.
     all: bool = True
 
     def __str__(self) -> str:

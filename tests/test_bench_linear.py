@@ -213,6 +213,14 @@ def test_the_default_run_is_of_the_goals_shapes_in_both_regimes():
     assert len(peak_job.request["cells"]) == len(SWEEP_VOCABULARIES) + len(GOAL_SHAPES)
 
 
+def test_a_quick_run_is_of_what_the_goals_need():
+    peak_jobs, time_jobs = linear_jobs(arguments(["--device=cpu", "--threads=2", "--quick"]))
+    cells = [cell for job in (*peak_jobs, *time_jobs) for cell in job.request["cells"]]
+    assert len(cells) == 3 * len(GOAL_SHAPES)
+    assert not any(cell["all"] for cell in cells)
+    assert {one.name for one in linear_contenders(CPU)[0] if one.of_goals} == {MATMULS, OURS, EAGER}
+
+
 def test_a_gpu_s_shapes_fit_its_memory(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80 * 10**9, 80 * 10**9))
     shapes = linear_shapes(GPU, False, NOWHERE, [])
