@@ -86,7 +86,7 @@ def forward_config(
 
     `aligned` says whether rows of hidden and weight are whole vectors. `arch` is NVIDIA's, 90 for sm_90, 0 elsewhere.
     """
-    tiles = _tiles(n_rows, itemsize, with_options or arch >= 100, aligned, arch)
+    tiles = _tiles(n_rows, itemsize, with_options or 100 <= arch < 120, aligned, arch)
     n_row_blocks = _cdiv(n_rows, tiles.block_n)
     n_tiles = _cdiv(vocab_size, tiles.block_v)
     wanted = max(_cdiv(n_tiles, _SPLIT_TILES), _cdiv(_WAVES * multiprocessors, n_row_blocks))
@@ -135,8 +135,8 @@ def _tiles(n_rows: int, itemsize: int, narrow: bool, aligned: bool, arch: int) -
         return Tiles(block_n, block_v, 32, 4, 3 if arch else 2, max_registers)
     if narrow:
         block_v //= 2
-    # sm_120 has 99 KiB of shared memory a block, and AMD's have 64. Three tiles of each operand are under way or in use;
-    # where products are not asynchronous Triton makes one fewer than its stages.
+    # sm_120 has 99 KiB of shared memory a block, and AMD's have 64. Three tiles of each operand are under way or in
+    # use; where products are not asynchronous Triton makes one fewer than its stages.
     block_d, num_stages = (64, 3 if arch >= 90 else 4) if 80 <= arch < 120 else (32, 4 if arch else 2)
     if n_rows > 64:
         return Tiles(128, block_v, block_d, 8, num_stages, max_registers)
