@@ -37,7 +37,10 @@ def linear_plot(path: Path) -> list[Path]:
     rows = [row for row in read_csv(path) if row["status"] == "ok" and row["mode"] == "both"]
     written = [
         _times([row for row in rows if row["times_matmuls"]], path.with_name("linear_time.png")),
-        _memory([row for row in rows if row["peak_bytes"]], path.with_name("linear_memory.png")),
+        _memory(
+            [row for row in rows if row["peak_bytes"] and row["contender"] != "three-matmuls"],
+            path.with_name("linear_memory.png"),
+        ),
     ]
     return [one for one in written if one is not None]
 
@@ -84,12 +87,16 @@ def _memory(rows: list[Row], path: Path) -> Path | None:
     figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 3.9), squeeze=False)
     for axis, ((dtype, n, d), members) in zip(axes.flat, panels.items(), strict=True):
         vocabs = sorted({int(row["vocab"]) for row in members})
-        for (name,), points in groups(members, ("contender",)).items():
+        for count, ((name,), points) in enumerate(groups(members, ("contender",)).items()):
             points = sorted(points, key=lambda row: int(row["vocab"]))
             # A peak of nothing is measured as some pages, or none: it has no place on a logarithmic axis.
             peaks = [max(float(row["peak_bytes"]) / 1e6, 0.1) for row in points]
             drawn = [int(row["vocab"]) for row in points]
-            axis.plot(drawn, peaks, marker="o", markersize=3, label=name, color=COLOURS.get(name, OTHER))
+            # Several hold exactly one copy of the logits: a line upon another is thinner, so that both are seen.
+            width = max(4.0 - 0.7 * count, 1.0)
+            axis.plot(
+                drawn, peaks, linewidth=width, marker="o", markersize=3, label=name, color=COLOURS.get(name, OTHER)
+            )
         axis.set_xscale("log")
         axis.set_yscale("log")
         axis.set_xticks(vocabs, [f"{v // 1000}k" if v >= 1000 else str(v) for v in vocabs], fontsize=7)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -32,6 +33,8 @@ from linear_plan import GOAL_SHAPES, PEAKS, SWEEP_VOCABULARIES, linear_cells, li
 from linear_report import KEY, RESULTS, without_wrong  # noqa: E402
 from plan import CACHING, DEFAULT, WARM  # noqa: E402
 from report import MACHINE, read_csv, write_csv  # noqa: E402
+
+from mixce_kernels.backends import triton  # noqa: E402
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NOWHERE: dict[str, list[int]] = {"rows": [], "hidden_size": [], "vocab": []}
@@ -239,6 +242,14 @@ def test_who_cannot_run_is_named_with_its_reason():
     assert "liger-kernel" in left_out
     named = {one.name.removesuffix("-compiled") for one in able} | set(left_out)
     assert {"cut-cross-entropy", "F.linear_cross_entropy"} <= named
+
+
+def test_tiles_take_part_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(triton, "unavailable", lambda logits: None if logits.is_cuda else "of CUDA tensors")
+    with FakeTensorMode():
+        able, left_out = linear_contenders(GPU)
+    assert [one.name for one in able][:4] == [MATMULS, OURS, TILES, OURS_MATERIALISED]
+    assert "liger-kernel" in {*left_out, *(one.name for one in able)}
 
 
 def test_too_few_rounds_are_refused(capsys):
