@@ -51,11 +51,12 @@ def fused_linear_mixce_loss(
     of the operands (float64 for float64), and turned into their gradient in place. For the reductions "mean" and "sum"
     the gradients of hidden states, weight and bias are computed in the forward and multiplied by the upstream gradient
     in backward; for "none" backward computes the logits once more. With path "tiles" a Triton kernel computes the
-    logits in tiles that never leave the chip, and backward computes each tile again: docs/linear.md says when that
-    pays.
+    logits in tiles that never leave the chip, and backward computes each tile again, of whose gradients a span of the
+    vocabulary is in memory at a time: docs/linear.md says when that pays.
 
     Gradients are summed in float32 and rounded once, to their tensor's type. Only those are computed whose tensor
-    requires one. Source: Zhang et al., "MixCE", ACL 2023 (arXiv 2305.16958).
+    requires one. A second derivative is computed through the plain formula, with all logits in memory.
+    Source: Zhang et al., "MixCE", ACL 2023 (arXiv 2305.16958).
 
     Args:
         hidden: [..., D], float32, bfloat16, float16 or float64: the last hidden states.
@@ -74,8 +75,8 @@ def fused_linear_mixce_loss(
         validate: check the values of targets and of a tensor eta, synchronising with a GPU. On the CPU targets are
             always checked.
         max_chunk_bytes: memory for the logits of a chunk with path "chunks": as many rows are taken as fit, at least
-            one. None: 48 MiB on a CPU, 1 GiB on a GPU. For half-precision operands on a CPU this includes the float32
-            copy of a tile of the weight.
+            one. None: 48 MiB on a CPU, 1 GiB on a GPU. For half-precision operands on a CPU, which are multiplied in
+            float32, this includes the float32 copy of a tile of the weight.
         path: "chunks" or "tiles".
         backend: "cpu", "cuda", "triton" or "reference", whose kernels turn logits into losses and gradients; None picks
             the best that can serve, or `MIXCE_BACKEND` of the environment. Path "tiles" is Triton's alone.
