@@ -13,7 +13,7 @@ from mixce_kernels import fused_linear_mixce_loss
 
 ROWS, HIDDEN_SIZE, VOCAB_SIZE = 64, 32, 10_000
 BUDGET = 8 * VOCAB_SIZE * 4 + 1000
-# Per-token numbers, a chunk's rows and statistics, and padding of its rows.
+# Each of the others: per-token numbers, a chunk's rows and statistics, padding of its rows, a tile of its logits.
 BESIDES = 100_000
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="an interpreter allocates as it likes")
@@ -41,8 +41,8 @@ def test_forward_and_backward(keywords: dict[str, Any]) -> None:
     weight_grad, chunk, hidden_grad, *rest = sizes(torch.float32, **keywords)
     assert weight_grad == 4 * VOCAB_SIZE * HIDDEN_SIZE
     assert BUDGET / 2 < chunk <= BUDGET + BESIDES
-    assert hidden_grad <= 4 * ROWS * VOCAB_SIZE / 10
-    assert sum(rest) < BESIDES
+    assert hidden_grad < BESIDES
+    assert max(rest) < BESIDES
 
 
 def test_recomputation() -> None:
@@ -57,7 +57,7 @@ def test_recomputation() -> None:
 def test_nothing_for_a_gradient_that_nobody_wants(wanted: tuple[bool, bool]) -> None:
     chunk, *rest = sizes(torch.float32, wanted)
     assert BUDGET / 2 < chunk <= BUDGET + BESIDES
-    assert sum(rest) < BESIDES
+    assert max(rest) < BESIDES
 
 
 def test_half_precision() -> None:
