@@ -162,9 +162,10 @@ def matmuls(hidden: Tensor, weight: Tensor, gradients: bool) -> Sequence[Tensor]
 
     What stands for the gradient of the logits is the logits: a product takes the same time with other numbers.
     """
-    made = products(weight, None, hidden.dtype)
+    budget = DEFAULT_CHUNK_BYTES[hidden.device.type]
+    made = products(weight, None, hidden.dtype, budget // 2)
     dtype = accumulate_dtype(hidden.dtype)
-    budget = DEFAULT_CHUNK_BYTES[hidden.device.type] - made.bytes_besides
+    budget -= made.bytes_besides
     size = rows_per_chunk(len(hidden), len(weight), made.bytes_per_logit, budget)
     buffer = padded_empty(size, len(weight), dtype, hidden.device)
     if not gradients:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -79,11 +80,17 @@ def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> t
         return grad_logits, *nothing
     grad_logits, ctx.grad_logits = ctx.grad_logits, None
     grad_loss = _of_valid_rows(grad_loss, targets, ctx.options[0])
-    if type(grad_logits) is not Tensor:
-        # Traced: a compiler plans the memory itself, and wants no output of the forward written to.
+    if not is_plain(grad_logits) or not is_plain(grad_loss):
+        # Traced: a compiler plans the memory itself, and wants no output of the forward written to. Or batched.
         return (grad_logits * grad_loss.unsqueeze(-1)).to(grad_logits.dtype), *nothing
     ops.scale_rows_(grad_logits, grad_loss, ctx.backend)
     return grad_logits, *nothing
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor has memory of its own, and is none that a compiler traces or a transformation batches."""
+    batched = torch._C._functorch.is_batchedtensor(tensor) or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    return type(tensor) is Tensor and not batched
 
 
 def is_transformed() -> bool:
@@ -154,6 +161,8 @@ class Differentiable:
         if torch._C._are_functorch_transforms_active():
             return self.transformable_node.apply(*args)
         differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        # In forward mode a node says that it has no such derivative; a kernel would lose it silently.
+        differentiate = differentiate or forward_ad._current_level >= 0
         return (self.node.apply if differentiate else self.kernel)(*args)
 
 

@@ -55,7 +55,8 @@ def fused_linear_mixce_loss(
     vocabulary is in memory at a time: docs/linear.md says when that pays.
 
     Gradients are summed in float32 and rounded once, to their tensor's type. Only those are computed whose tensor
-    requires one. A second derivative is computed through the plain formula, with all logits in memory.
+    requires one. Gradients with a graph of their own (`create_graph`, `torch.func`) are computed
+    through the plain formula, with all logits in memory.
     Source: Zhang et al., "MixCE", ACL 2023 (arXiv 2305.16958).
 
     Args:

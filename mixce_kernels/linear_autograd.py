@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mixce_kernels import backends, linear_ops
-from mixce_kernels.autograd import Differentiable
+from mixce_kernels.autocast import without_autocast
+from mixce_kernels.autograd import Differentiable, is_plain
 from mixce_kernels.linear_ops import N_SHARED, Inputs
 from mixce_kernels.reference import linear_logits, token_losses
 
@@ -57,23 +58,35 @@ def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> t
     if ctx.spent or torch.is_grad_enabled():
         # The gradients of forward were scaled by an earlier backward, or a graph of them is asked for.
         return _all_grads(ctx, _computed_grads(ctx, shared, state, token_scale * grad_loss))
+    # A batch that has no valid token has gradient 0, which NaN or infinity must not multiply, nor a row without one.
+    valid = shared[3] != Inputs(shared).options.ignore_index
+    row_factor = torch.where(valid, grad_loss, 1.0)
+    factor = torch.where(valid.any(), grad_loss, 1.0)
+    in_place = all(is_plain(tensor) for tensor in (grads[0], grad_loss))
+    # Before they are scaled, so that nothing scales them twice.
+    ctx.spent = in_place
     found: list[Tensor | None] = []
-    for one, grad, needed in zip(shared, grads, ctx.needs_input_grad[:_N_DIFFERENTIATED], strict=False):
-        found.append(_scaled(grad, grad_loss, shared[N_SHARED - 1]).to(one.dtype) if needed else None)
-    # Traced gradients were multiplied into other memory.
-    ctx.spent = type(grads[0]) is Tensor
+    for one, grad, scale, needed in zip(
+        shared, grads, (row_factor, factor, factor), ctx.needs_input_grad, strict=False
+    ):
+        if not needed:
+            found.append(None)
+        elif in_place:
+            found.append(_scaled_in_place(grad, scale, shared[N_SHARED - 1]).to(one.dtype))
+        else:
+            # Traced: a compiler plans the memory itself, and wants no output of the forward written to. Or batched.
+            scale = scale.unsqueeze(-1) if scale.dim() < grad.dim() and scale.dim() > 0 else scale
+            found.append((grad * scale.to(grad.dtype)).to(one.dtype))
     return _all_grads(ctx, found)
 
 
-def _scaled(grad: Tensor, factor: Tensor, backend: str) -> Tensor:
-    """The gradient times a factor, in its own memory; it is not read where the factor is 1."""
-    if type(grad) is not Tensor:
-        # Traced: a compiler plans the memory itself, and wants no output of the forward written to.
-        return grad * factor.to(grad.dtype)
+def _scaled_in_place(grad: Tensor, scale: Tensor, backend: str) -> Tensor:
+    """The gradient with its rows, or all of it, multiplied in its own memory; rows whose factor is 1 are not read."""
     rows = grad.unsqueeze(0) if grad.dim() == 1 else grad
     # Not by the operator, which would tell autograd: `ctx.spent` does, and lets a second backward pass.
-    backends.get(backend).scale_rows_(rows, factor.expand(rows.shape[0]))
-    return grad
+    backends.get(backend).scale_rows_(rows, scale.expand(rows.shape[0]))
+    # With a version of its own: whoever accumulates into it has not changed a saved tensor.
+    return grad.data
 
 
 def _computed_grads(ctx: Any, shared: tuple[Any, ...], state: Tensor, grad_loss: Tensor) -> list[Tensor | None]:
@@ -87,19 +100,20 @@ def _computed_grads(ctx: Any, shared: tuple[Any, ...], state: Tensor, grad_loss:
 
 def _differentiable_grads(inputs: Inputs, grad_loss: Tensor, wanted: list[bool]) -> list[Tensor | None]:
     """The gradients with a graph of their own, by PyTorch through the plain formula on all logits at once."""
-    # Views of their own: autograd.grad below must stop here.
-    leaves = [
-        one.view_as(one) if want and one is not None else one
-        for one, want in zip((inputs.hidden, inputs.weight, inputs.bias), wanted, strict=True)
-    ]
-    hidden, weight, bias = leaves
-    valid = inputs.targets != inputs.options.ignore_index
-    logits = linear_logits(hidden, weight, bias, valid, inputs.compute_dtype)
-    eta = inputs.eta_value if inputs.eta is None else inputs.eta
-    loss, _ = token_losses(logits, inputs.targets, eta, inputs.options)
-    sources = [one for one, want in zip(leaves, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(loss, sources, grad_loss, create_graph=True))
-    return [next(found) if want else None for want in wanted]
+    with without_autocast(inputs.hidden):
+        # Views of their own: autograd.grad below must stop here.
+        leaves = [
+            one.view_as(one) if want and one is not None else one
+            for one, want in zip((inputs.hidden, inputs.weight, inputs.bias), wanted, strict=True)
+        ]
+        hidden, weight, bias = leaves
+        valid = inputs.targets != inputs.options.ignore_index
+        logits = linear_logits(hidden, weight, bias, valid, inputs.compute_dtype)
+        eta = inputs.eta_value if inputs.eta is None else inputs.eta
+        loss, _ = token_losses(logits, inputs.targets, eta, inputs.options)
+        sources = [one for one, want in zip(leaves, wanted, strict=True) if want]
+        found = iter(torch.autograd.grad(loss, sources, grad_loss, create_graph=True))
+        return [next(found) if want else None for want in wanted]
 
 
 def _all_grads(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -43,15 +43,6 @@ class Call(NamedTuple):
         """Of logits, losses and gradients while they are added up."""
         return accumulate_dtype(self.compute_dtype)
 
-    def empty_grads(self, wanted: list[bool]) -> Grads:
-        """Memory for those gradients that are wanted."""
-        like = (self.hidden, self.weight, self.bias)
-        hidden, weight, bias = (
-            torch.empty(one.shape, dtype=self.dtype, device=one.device) if want and one is not None else None
-            for one, want in zip(like, wanted, strict=True)
-        )
-        return hidden, weight, bias
-
 
 def rows_per_chunk(n_rows: int, vocab_size: int, bytes_per_logit: int, max_bytes: int) -> int:
     """Rows of each chunk, the last one excepted: as few chunks as the bytes allow, of equal size; at least one row."""
@@ -128,7 +119,9 @@ class _Chunks:
         self.call = call
         self.scale = scale
         self.grad_hidden, self.grad_weight, self.grad_bias = grads
-        self.products: Products = products(call.weight, call.bias, call.compute_dtype)
+        device_type = call.hidden.device.type
+        self.budget = call.max_chunk_bytes or DEFAULT_CHUNK_BYTES.get(device_type, DEFAULT_CHUNK_BYTES["cuda"])
+        self.products: Products = products(call.weight, call.bias, call.compute_dtype, self.budget // 2)
         self.valid = call.targets != call.options.ignore_index
         # The rows that are not ignored, where others are left out; None: all rows are taken.
         self.kept: Tensor | None = None
@@ -137,7 +130,8 @@ class _Chunks:
             self.kept = kept if len(kept) < len(call.targets) else None
         self.unit: Tensor | None = None
         if scale is not None and scale.numel() > 0 and self.products.wants_units:
-            largest = scale.abs().amax()
+            # Of what is finite: other rows must not meet an infinity.
+            largest = torch.where(self.valid & scale.isfinite(), scale.abs(), 0.0).amax()
             self.unit = torch.where(largest == 0, 1.0, largest)
             self.scale = scale / self.unit
         self.count = 0
@@ -146,8 +140,7 @@ class _Chunks:
         call = self.call
         n_rows = len(call.targets if self.kept is None else self.kept)
         vocab_size = call.weight.shape[0]
-        budget = call.max_chunk_bytes or DEFAULT_CHUNK_BYTES.get(call.hidden.device.type, DEFAULT_CHUNK_BYTES["cuda"])
-        budget -= self.products.bytes_besides
+        budget = self.budget - self.products.bytes_besides
         size = rows_per_chunk(n_rows, vocab_size, self.products.bytes_per_logit, budget)
         buffer = padded_empty(min(size, n_rows), vocab_size, call.dtype, call.hidden.device)
         for begin in range(0, n_rows, size):

@@ -50,18 +50,21 @@ class Products(Protocol):
         """Writes grad_logits.T @ hidden to out [V, D], or adds it."""
 
 
-def products(weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype) -> Products:
-    """The products with a weight [V, D] and a bias [V] or None, with operands rounded to `compute_dtype`."""
+def products(weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, max_bytes: int) -> Products:
+    """The products with a weight [V, D] and a bias [V] or None, with operands rounded to `compute_dtype`.
+
+    A weight that must be converted is converted in tiles of at most `max_bytes`, but at least one row.
+    """
     half = accumulate_dtype(compute_dtype) != compute_dtype
     if half and weight.is_cuda and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype_out"):
         return MixedProducts(weight, bias, compute_dtype)
-    return TiledProducts(weight, bias, compute_dtype)
+    return TiledProducts(weight, bias, compute_dtype, max_bytes)
 
 
 class TiledProducts:
     """Products of float32 or float64 operands; a weight of another type is converted tile by tile."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, max_bytes: int) -> None:
         self.weight = weight
         self.compute_dtype = compute_dtype
         self.dtype = accumulate_dtype(compute_dtype)
@@ -70,10 +73,13 @@ class TiledProducts:
         converted = weight.dtype != self.dtype or weight.dtype != compute_dtype
         self.on_cpu = weight.device.type == "cpu"
         # A GPU's BLAS chooses its own tiles.
-        self.tile = _TILE if converted or self.on_cpu else vocab_size
+        self.tile = min(_TILE, vocab_size) if converted or self.on_cpu else vocab_size
+        row_bytes = hidden_size * (self.dtype.itemsize + compute_dtype.itemsize)
+        if converted:
+            self.tile = max(min(self.tile, max_bytes // row_bytes), 1)
         self.bytes_per_logit = self.dtype.itemsize
         self.wants_units = False
-        self.bytes_besides = converted * self.tile * hidden_size * (self.dtype.itemsize + compute_dtype.itemsize)
+        self.bytes_besides = converted * self.tile * row_bytes
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         hidden = self._operand(hidden)
@@ -96,7 +102,7 @@ class TiledProducts:
             return
         onednn = self._has_onednn(len(grad_logits))
         out.zero_()
-        for columns, weight in self._tiles(_LONGEST_SUM if self.on_cpu else self.tile):
+        for columns, weight in self._tiles(min(self.tile, _LONGEST_SUM) if self.on_cpu else self.tile):
             part = grad_logits[:, columns]
             out += _onednn(part, weight.t()) if onednn and weight.is_contiguous() else torch.mm(part, weight)
 

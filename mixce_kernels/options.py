@@ -99,7 +99,9 @@ def check_linear_tensors(
         if other.device != hidden.device:
             raise ValueError(f"expected {name} on {hidden.device} with the hidden states, got {other.device}")
         if other.dtype != hidden.dtype and not autocast:
-            raise TypeError(f"expected {name} of hidden's {hidden.dtype} (or autocast), got {other.dtype}")
+            raise TypeError(
+                f"expected {name} of hidden's {hidden.dtype} (or autocast and no float64), got {other.dtype}"
+            )
     _check_targets("hidden", hidden, targets)
     return autocast_dtype if autocast and autocast_dtype is not None else hidden.dtype
 

@@ -181,7 +181,16 @@ def linear_logits(
     """The logits [..., V] of operands in `compute_dtype`, in float32 or float64; those of invalid rows are of zeros."""
     dtype = accumulate_dtype(compute_dtype)
     # Whatever stands in an invalid row must not reach the graph: 0 * NaN would.
-    hidden = hidden.masked_fill(~valid.unsqueeze(-1), 0.0).to(compute_dtype).to(dtype)
-    weight = weight.to(compute_dtype).to(dtype)
+    hidden = _rounded(hidden.masked_fill(~valid.unsqueeze(-1), 0.0), compute_dtype)
     with without_autocast(hidden):
-        return F.linear(hidden, weight, None if bias is None else bias.to(dtype))
+        return F.linear(hidden, _rounded(weight, compute_dtype), None if bias is None else bias.to(dtype))
+
+
+def _rounded(operand: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """The operand rounded to `compute_dtype`, in float32 or float64; its gradient is not rounded on the way back."""
+    wide = operand.to(accumulate_dtype(compute_dtype))
+    if operand.dtype == compute_dtype:
+        return wide
+    with torch.no_grad():
+        step = torch.where(wide.isfinite(), wide.to(compute_dtype).to(wide.dtype) - wide, 0.0)
+    return wide + step

@@ -143,6 +143,57 @@ def test_backward_twice(reduction: str, kernels: str, device: str) -> None:
 
 
 @REDUCTIONS
+def test_backward_into_grad_again_and_again(reduction: str, kernels: str, device: str) -> None:
+    """What autograd keeps as `.grad` is the caller's: changed in place, it changes no later backward."""
+    tensors = leaves(device)
+    loss = fused_linear_mixce_loss(
+        *tensors[:2], targets_of(tensors[0]), bias=tensors[2], reduction=reduction, backend=kernels
+    ).sum()
+    expected = torch.autograd.grad(loss, tensors, retain_graph=True)
+    for count in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        assert_close([tensor.grad for tensor in tensors], [count * one for one in expected])
+    for tensor in tensors:
+        tensor.grad.zero_()
+    loss.backward()
+    assert_close([tensor.grad for tensor in tensors], expected)
+
+
+@REDUCTIONS
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_no_number_upstream_leaves_ignored_tokens_alone(bad: float, reduction: str, backend: str, device: str) -> None:
+    """Their gradient is 0 whatever comes, and so is all of it where no token counts."""
+    tensors = leaves(device)
+    targets = targets_of(tensors[0])
+    for ignored in (False, True):
+        chosen = targets.fill_(-100) if ignored else targets
+        loss = fused_linear_mixce_loss(
+            *tensors[:2], chosen, bias=tensors[2], reduction=reduction, backend=backend
+        ).sum()
+        grads = torch.autograd.grad(loss * bad, tensors)
+        assert not grads[0][chosen == -100].any()
+        assert grads[1].isfinite().all() == grads[2].isfinite().all() == ignored
+
+
+def test_forward_mode_is_refused(kernels: str, device: str) -> None:
+    """It is not implemented, and does not vanish."""
+    hidden, weight, _ = leaves(device)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(hidden.detach(), torch.ones_like(hidden))
+        with pytest.raises(RuntimeError, match=r"forward mode|jvp"):
+            fused_linear_mixce_loss(dual, weight.detach(), targets_of(hidden), backend=kernels)
+
+
+def test_batched_gradients(kernels: str, device: str) -> None:
+    tensors = leaves(device)
+    upstream = torch.tensor([1.0, -2.0], device=device)
+    loss = fused_linear_mixce_loss(*tensors[:2], targets_of(tensors[0]), bias=tensors[2], backend=kernels)
+    got = torch.autograd.grad(loss, tensors, upstream, is_grads_batched=True, retain_graph=True)
+    for i in range(2):
+        assert_close([one[i] for one in got], torch.autograd.grad(loss, tensors, upstream[i], retain_graph=True))
+
+
+@REDUCTIONS
 def test_func_grad(reduction: str, kernels: str, device: str) -> None:
     tensors = leaves(device, torch.float64)
     targets = targets_of(tensors[0])
@@ -213,7 +264,7 @@ def test_operators(kernels: str, device: str) -> None:
 
 @REDUCTIONS
 @pytest.mark.parametrize("types", ["bfloat16_float32", "float32_float32", "float16_float32"])
-def test_autocast(types: str, reduction: str, kernels: str, device: str) -> None:
+def test_autocast(types: str, reduction: str, backend: str, device: str) -> None:
     """Half-precision products with a float32 weight: the weight's gradient is float32, and not rounded on its way."""
     hidden_type, _ = (getattr(torch, name) for name in types.split("_"))
     autocast_type = torch.float16 if hidden_type == torch.float16 else torch.bfloat16
@@ -222,7 +273,7 @@ def test_autocast(types: str, reduction: str, kernels: str, device: str) -> None
     targets = targets_of(hidden)
     with torch.autocast(device, autocast_type):
         loss, stats = fused_linear_mixce_loss(
-            hidden, weight, targets, bias=bias, reduction=reduction, max_chunk_bytes=CHUNK, backend=kernels,
+            hidden, weight, targets, bias=bias, reduction=reduction, max_chunk_bytes=CHUNK, backend=backend,
             return_stats=True,
         )  # fmt: skip
         logits = F.linear(hidden, weight)

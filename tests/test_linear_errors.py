@@ -25,7 +25,7 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bias_integer": ({"bias": BIAS.long()}, TypeError, "expected bias of float32.*got torch.int64"),
     "weight_dtype": (
         {"weight": WEIGHT.bfloat16()}, TypeError,
-        r"expected weight of hidden's torch.float32 \(or autocast\), got torch.bfloat16",
+        r"expected weight of hidden's torch.float32 \(or autocast and no float64\), got torch.bfloat16",
     ),
     "hidden_dtype": (
         {"hidden": HIDDEN.bfloat16()}, TypeError, "expected weight of hidden's torch.bfloat16.*got torch.float32"

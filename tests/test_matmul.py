@@ -40,7 +40,7 @@ def tensor_cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.ops.aten.mm, "dtype_out", mm)
     monkeypatch.setattr(torch.ops.aten.addmm, "dtype_out", addmm)
     monkeypatch.setattr(matmul, "_adds_to_float32", lambda dtype: request.param)
-    monkeypatch.setattr(linear_chunks, "products", matmul.MixedProducts)
+    monkeypatch.setattr(linear_chunks, "products", lambda *args: matmul.MixedProducts(*args[:3]))
 
 
 @pytest.mark.parametrize("case", HALF, ids=str)
@@ -53,11 +53,14 @@ def test_accuracy(case: LinearCase, tensor_cores: None) -> None:
 
 
 def test_an_infinite_upstream_gradient_is_no_number(tensor_cores: None) -> None:
-    """A scaler of gradients must see that a step overflowed, also where float16 is normalised."""
+    """A scaler of gradients must see that a step overflowed, also where float16 is normalised; other rows do not."""
     hidden, weight = (torch.randn(n, 8, dtype=torch.float16, requires_grad=True) for n in (5, 40))
-    loss = fused_linear_mixce_loss(hidden, weight, torch.arange(5), reduction="none", backend="cpu")
-    (grad,) = torch.autograd.grad(loss, weight, torch.tensor([1.0, torch.inf, 1.0, 1.0, 1.0]))
-    assert not grad.isfinite().all()
+    targets = torch.tensor([0, 1, -100, 3, 4])
+    for bad in (torch.inf, torch.nan):
+        loss = fused_linear_mixce_loss(hidden, weight, targets, reduction="none", backend="cpu")
+        grad_hidden, grad_weight = torch.autograd.grad(loss, (hidden, weight), torch.tensor([1.0, bad, bad, 1.0, 1.0]))
+        assert grad_hidden.isfinite().all(1).tolist() == [True, False, True, True, True]
+        assert not grad_weight.isfinite().all()
 
 
 def test_rows_begin_at_boundaries() -> None:
@@ -70,7 +73,16 @@ def test_rows_begin_at_boundaries() -> None:
 
 def test_who_multiplies() -> None:
     weight = torch.empty(4, 4, dtype=torch.bfloat16)
-    assert isinstance(matmul.products(weight, None, torch.bfloat16), matmul.TiledProducts)
-    assert matmul.products(weight.float(), None, torch.float32).bytes_besides == 0
-    # The float32 copy of a tile, on its way through bfloat16, counts as memory of the chunk.
-    assert matmul.products(weight, None, torch.bfloat16).bytes_besides > 0
+    assert isinstance(matmul.products(weight, None, torch.bfloat16, 1000), matmul.TiledProducts)
+    assert matmul.products(weight.float(), None, torch.float32, 1000).bytes_besides == 0
+
+
+def test_tiles_of_a_weight_that_is_converted_fit_their_memory() -> None:
+    """The float32 copy of a tile, on its way through bfloat16, counts as memory of the chunk."""
+    weight = torch.empty(4000, 4096, dtype=torch.bfloat16)
+    for max_bytes in (1, 10**6, 20 * 2**20, 2**30):
+        chosen = matmul.products(weight, None, torch.bfloat16, max_bytes)
+        assert isinstance(chosen, matmul.TiledProducts)
+        assert 1 <= chosen.tile <= 2048
+        assert chosen.bytes_besides == 6 * 4096 * chosen.tile
+        assert chosen.bytes_besides <= max(max_bytes, 6 * 4096)
