@@ -19,6 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+LINEAR_OPERATORS = ("linear_forward", "linear_grad", "linear_forward_with_grad")
+
+
 @dataclass(frozen=True)
 class LinearCase:
     """One call: `plain` says what tokens there are, the other fields what their logits are made of."""

@@ -10,6 +10,7 @@ import torch
 import torch._dynamo
 import torch._dynamo.testing
 from conftest import INTERPRETED
+from linear_cases import LINEAR_OPERATORS
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -254,11 +255,9 @@ def test_operators(kernels: str, device: str) -> None:
     state = torch.ops.mixce_kernels.linear_forward(*no_grad, False)[1]
     upstream = torch.rand(7, device=device)
     utilities = ("test_schema", "test_faketensor")
-    for name, args in (
-        ("linear_forward", (*no_grad, True)),
-        ("linear_grad", (*no_grad, state, upstream, [True, False, True])),
-        ("linear_forward_with_grad", (*no_grad, False, upstream, [True, True, False])),
-    ):
+    others = ((True,), (state, upstream, [True, False, True]), (False, upstream, [True, True, False]))
+    for name, rest in zip(LINEAR_OPERATORS, others, strict=True):
+        args = (*no_grad, *rest)
         torch.library.opcheck(getattr(torch.ops.mixce_kernels, name).default, args, test_utils=utilities)
 
 
