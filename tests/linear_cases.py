@@ -18,7 +18,6 @@ from oracle import Options, TokenResults, token_results
 from torch import Tensor
 from torch.nn import functional as F
 
-
 LINEAR_OPERATORS = ("linear_forward", "linear_grad", "linear_forward_with_grad")
 
 
