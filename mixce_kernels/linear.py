@@ -118,7 +118,7 @@ def fused_linear_mixce_loss(
     reduced = Reduction.of(reduction, targets, ignore_index, token_weights, num_items_in_batch)
     eta_tensor, eta_value = (eta.reshape(-1), 0.0) if isinstance(eta, Tensor) else (None, eta)
     # Counting the rows that are left needs the host: on a GPU it synchronises.
-    drop_ignored = validate or hidden.device.type == "cpu"
+    drop_ignored = validate or backend == "cpu"
     inputs = (
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), eta_tensor, eta_value, *options,
         compute_dtype, max_chunk_bytes, drop_ignored, path, backend, return_stats,
