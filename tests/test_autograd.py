@@ -207,3 +207,24 @@ def test_func_grad(kernels: str, mode: str) -> None:
     expected = torch.func.grad(lambda logits: mixce_loss_reference(logits, targets, 0.3))(logits)
     torch.testing.assert_close(torch.func.grad(loss)(logits), expected)
     assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_mode_is_refused(kernels: str, mode: str) -> None:
+    """It is not implemented, and does not vanish."""
+    logits, targets, _ = inputs()
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(logits.detach(), torch.ones_like(logits))
+        with pytest.raises(RuntimeError, match=r"forward mode|jvp"):
+            fused_mixce_loss(dual, targets, backend=kernels, **MODES[mode])
+
+
+def test_batched_upstream_gradients_of_a_scalar(kernels: str) -> None:
+    """The gradient that forward computed is multiplied by each of them."""
+    logits, targets, _ = inputs()
+    upstream = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    loss = fused_mixce_loss(logits, targets, 0.3, grad_in_forward=True, backend=kernels)
+    (batched,) = torch.autograd.grad(loss, logits, upstream, is_grads_batched=True, retain_graph=True)
+    for one, factor in zip(batched, upstream, strict=True):
+        (expected,) = torch.autograd.grad(loss, logits, factor, retain_graph=True)
+        torch.testing.assert_close(one, expected)

@@ -215,7 +215,7 @@ OPERATORS = ("forward", "logits_grad", "logits_grad_", "forward_with_grad", "for
 
 
 def test_every_operator_is_tried() -> None:
-    """One that is added must be added here; those of the linear loss are tried in test_linear_autograd.py."""
+    """One that is added must be added here; those of the linear loss are tried in test_linear_training.py."""
     defined = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("mixce_kernels::")
     }

@@ -30,7 +30,7 @@ FILES = (
     "test_modules.py",
     "test_autograd.py",
 )
-LINEAR = ("test_linear.py", "test_linear_autograd.py", "test_gpu_linear.py")
+LINEAR = ("test_linear.py", "test_linear_autograd.py", "test_linear_training.py", "test_gpu_linear.py")
 # Not the settings of the process that these tests run in.
 INHERITED = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "MIXCE_"))}
 
