@@ -28,8 +28,8 @@ from linear_contenders import LINEAR_MODES, OURS, linear_contenders
 from linear_goals import linear_goals_text
 from linear_plan import SWEEP_VOCABULARIES, LinearCell, linear_cells, linear_shapes, peak_cells
 from linear_report import KEY, RESULTS, linear_summary, linear_table, without_wrong
-from plan import ALLOCATOR_ENVIRONMENT, ALLOCATOR_MEANING, DEFAULT, PEAK_ENVIRONMENT, WARM
-from report import machine, read_csv, write_csv
+from plan import ALLOCATOR_ENVIRONMENT, DEFAULT, PEAK_ENVIRONMENT, WARM
+from report import announce, machine, read_csv, write_csv
 
 HERE = Path(__file__).resolve().parent
 MIN_ROUNDS = 5
@@ -86,15 +86,7 @@ def main() -> int:
     rows = read_csv(path)
     verdicts = linear_goals_text(rows)
     (args.out / "linear.md").write_text(linear_summary(rows, verdicts))
-    print(linear_table(rows))
-    print()
-    for name in dict.fromkeys(row["allocator"] for row in rows):
-        if name in ALLOCATOR_MEANING:
-            print(f"allocator {name}: {ALLOCATOR_MEANING[name]}")
-    for name, reason in left_out.items():
-        print(f"not measured: {name}: {reason}")
-    print(f"\n{verdicts}\n")
-    print(f"written: {path}, {args.out / 'linear.md'}")
+    announce(linear_table(rows), rows, left_out, verdicts, [path, args.out / "linear.md"])
     try:
         from linear_plot import linear_plot
 

@@ -25,7 +25,6 @@ from goals import goals_text
 from jobs import Job, environment, integers, run_all, words
 from plan import (
     ALLOCATOR_ENVIRONMENT,
-    ALLOCATOR_MEANING,
     DEFAULT,
     DTYPES,
     OVERHEAD,
@@ -35,7 +34,7 @@ from plan import (
     cells,
     shapes,
 )
-from report import machine, read_csv, summary, table, with_peaks, write_csv
+from report import announce, machine, read_csv, summary, table, with_peaks, write_csv
 
 HERE = Path(__file__).resolve().parent
 
@@ -87,14 +86,7 @@ def main() -> int:
     rows = read_csv(path)
     verdicts = goals_text(rows)
     (args.out / "summary.md").write_text(summary(rows, verdicts))
-    print(table(rows))
-    print()
-    for name in dict.fromkeys(cell.allocator for cell in planned):
-        print(f"allocator {name}: {ALLOCATOR_MEANING[name]}")
-    for name, reason in left_out.items():
-        print(f"not measured: {name}: {reason}")
-    print(f"\n{verdicts}\n")
-    print(f"written: {path}, {args.out / 'summary.md'}")
+    announce(table(rows), rows, left_out, verdicts, [path, args.out / "summary.md"])
     try:
         from plot import plot
 

@@ -8,11 +8,12 @@ import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from plan import ALLOCATOR_MEANING
 
 import mixce_kernels
 from mixce_kernels.backends import cpu
@@ -166,6 +167,21 @@ def machine_line(facts: Row) -> str:
     where = facts["cpu"] if facts["device"] == "cpu" else f"{facts['device']}, {facts['cpu']}"
     isa = f", {facts['isa']}" if facts["isa"] and facts["device"] == "cpu" else ""
     return f"{where}, {facts['cores']} cores{isa}; {versions}{commit}; {facts['date']}."
+
+
+def announce(
+    measured: str, rows: list[Row], left_out: Mapping[str, str], verdicts: str, written: Iterable[Path]
+) -> None:
+    """Prints a run for its reader: the table, what its regimes mean, who was left out and why, and the goals."""
+    print(measured)
+    print()
+    for name in dict.fromkeys(row["allocator"] for row in rows):
+        if name in ALLOCATOR_MEANING:
+            print(f"allocator {name}: {ALLOCATOR_MEANING[name]}")
+    for name, reason in left_out.items():
+        print(f"not measured: {name}: {reason}")
+    print(f"\n{verdicts}\n")
+    print(f"written: {', '.join(map(str, written))}")
 
 
 def text_table(body: list[tuple[str, ...]]) -> str:
