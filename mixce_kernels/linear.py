@@ -76,7 +76,7 @@ def fused_linear_mixce_loss(
         validate: check the values of targets and of a tensor eta, synchronising with a GPU. On the CPU targets are
             always checked.
         max_chunk_bytes: memory for the logits of a chunk with path "chunks": as many rows are taken as fit, at least
-            one. None: 40 MiB on a CPU, 1 GiB on a GPU. For half-precision operands on a CPU, which are multiplied in
+            one. None: 36 MiB on a CPU, 1 GiB on a GPU. For half-precision operands on a CPU, which are multiplied in
             float32, this includes the float32 copy of a tile of the weight.
         path: "chunks" or "tiles".
         backend: "cpu", "cuda", "triton" or "reference", whose kernels turn logits into losses and gradients; None picks

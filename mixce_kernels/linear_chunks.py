@@ -19,7 +19,7 @@ from mixce_kernels.options import TokenOptions, accumulate_dtype
 
 # Where the caller names no budget. A CPU's products need about a hundred rows to be fast; a GPU's a thousand, at which
 # reading the weight and adding to its gradient takes less time than multiplying.
-DEFAULT_CHUNK_BYTES = {"cpu": 40 * 2**20, "cuda": 2**30}
+DEFAULT_CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 2**30}
 
 # Of hidden states, weight and bias, in the type of accumulation; None where not wanted.
 Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
