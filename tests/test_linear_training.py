@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mixce_kernels import LinearMixCELoss, fused_linear_mixce_loss, linear_mixce_loss_reference
+from mixce_kernels import LinearMixCELoss, fused_linear_mixce_loss, fused_mixce_loss, linear_mixce_loss_reference
 
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 
@@ -215,3 +216,16 @@ def test_permissions_change_nothing(backend: str, device: str) -> None:
     assert torch.equal(hidden, before[0])
     assert torch.equal(weight, before[1])
     assert torch.equal(loss, fused_linear_mixce_loss(hidden, weight, targets, backend=backend))
+
+
+def test_signatures() -> None:
+    """The options are those of `fused_mixce_loss`, with the same defaults, and three of its own."""
+    own = {"bias": None, "max_chunk_bytes": None, "path": "chunks"}
+    options = dict(fused_mixce_loss.__kwdefaults__ or {})
+    assert fused_linear_mixce_loss.__kwdefaults__ == {**options, **own}
+    reference = {name: value for name, value in options.items() if name != "backend"}
+    assert linear_mixce_loss_reference.__kwdefaults__ == {**reference, **own}
+    of_the_call = {"bias", "token_weights", "num_items_in_batch"}
+    constructor = {name: value for name, value in {**options, **own}.items() if name not in of_the_call}
+    assert LinearMixCELoss.__init__.__kwdefaults__ == constructor
+    assert set(inspect.signature(LinearMixCELoss.forward).parameters) >= of_the_call
