@@ -2,6 +2,7 @@
 
 `fused_mixce_loss` is the function, `MixCELoss` its module, `mixce_loss_reference` the same in plain PyTorch.
 `fused_linear_mixce_loss`, `LinearMixCELoss` and `linear_mixce_loss_reference` compute it straight from hidden states.
+`vocab_parallel_mixce_loss` computes it of logits whose vocabulary is split over the ranks of a process group.
 """
 
 from importlib.metadata import version
@@ -11,6 +12,7 @@ from mixce_kernels.linear import fused_linear_mixce_loss
 from mixce_kernels.modules import LinearMixCELoss, MixCELoss
 from mixce_kernels.reference import linear_mixce_loss_reference, mixce_loss_reference
 from mixce_kernels.stats import MixCEStats
+from mixce_kernels.vocab_parallel import vocab_parallel_mixce_loss
 
 __all__ = [
     "LinearMixCELoss",
@@ -20,5 +22,6 @@ __all__ = [
     "fused_mixce_loss",
     "linear_mixce_loss_reference",
     "mixce_loss_reference",
+    "vocab_parallel_mixce_loss",
 ]
 __version__ = version("mixce_kernels")

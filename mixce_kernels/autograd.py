@@ -12,8 +12,9 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from mixce_kernels import ops
+from mixce_kernels.backends.shards import Shard
 from mixce_kernels.options import TokenOptions
-from mixce_kernels.reference import token_losses
+from mixce_kernels.sharded_reference import token_losses_of
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -37,7 +38,7 @@ def _forward_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> tup
 
 
 def _logits_grad_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logits, targets, _, grad_loss, eta, ctx.eta_value, *ctx.options, _ = inputs
+    logits, targets, _, grad_loss, eta, ctx.eta_value, *ctx.options, ctx.backend = inputs
     ctx.save_for_backward(logits, targets, grad_loss, eta)
 
 
@@ -50,7 +51,8 @@ def _logits_grad_backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None,
             logits, grad_loss = logits.detach(), grad_loss.detach()
         # Views of their own: autograd.grad below must stop here.
         logits, grad_loss = (tensor.view_as(tensor).requires_grad_() for tensor in (logits, grad_loss))
-        loss, _ = token_losses(logits, targets, ctx.eta_value if eta is None else eta, TokenOptions(*ctx.options))
+        eta = ctx.eta_value if eta is None else eta
+        loss, _ = token_losses_of(ctx.backend)(logits, targets, eta, TokenOptions(*ctx.options))
         (grad_logits,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
         grads = torch.autograd.grad(
             grad_logits, (logits, grad_loss), grad_output, create_graph=create_graph, allow_unused=True
@@ -153,7 +155,9 @@ class Differentiable:
         self.transformable_node = _function(name, forward=kernel, setup_context=context, backward=backward)
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        # A mode that watches collectives sees those of a shard only outside of an operator.
+        communicates = any(isinstance(arg, str) and Shard.of(arg)[1] is not None for arg in args)
+        if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and not communicates):
             return self.operator(*args)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):

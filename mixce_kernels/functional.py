@@ -8,6 +8,7 @@ from torch import Tensor
 from mixce_kernels import autograd, backends
 from mixce_kernels.backends.rows import overlaps_itself, rows_of
 from mixce_kernels.options import (
+    TokenOptions,
     accumulate_dtype,
     check_eta,
     check_reduction,
@@ -112,8 +113,23 @@ def fused_mixce_loss(
         )
     if validate:
         check_values(targets, eta, ignore_index, logits.shape[-1])
+    reduced = Reduction.of(reduction, targets, options.ignore_index, token_weights, num_items_in_batch)
+    return fused_loss(logits, targets, eta, options, reduced, inplace_backward, grad_in_forward, return_stats, backend)
 
-    if rows_of(logits) is None:
+
+def fused_loss(
+    logits: Tensor,  # [..., V], or the columns of a shard
+    targets: Tensor,  # [...]
+    eta: float | Tensor,  # a number or of targets' shape
+    options: TokenOptions,
+    reduced: Reduction,
+    inplace_backward: bool,
+    grad_in_forward: bool,
+    return_stats: bool,
+    backend: str,  # its name or address, not `reference`
+) -> Tensor | tuple[Tensor, MixCEStats]:
+    """The loss by a backend's kernels, of arguments that were checked before."""
+    if logits.shape[-1] > 0 and rows_of(logits) is None:
         logits = logits.contiguous()
     eta_tensor, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
@@ -121,7 +137,6 @@ def fused_mixce_loss(
     if inplace and overlaps_itself(logits):
         raise ValueError("expected logits whose rows do not share memory for inplace_backward, got expanded logits")
 
-    reduced = Reduction.of(reduction, targets, options.ignore_index, token_weights, num_items_in_batch)
     if grad_in_forward and wants_grad:
         # The gradient is final only if every factor of a token is known before the kernel runs.
         call = autograd.ForwardWithGradInplace.apply if inplace else autograd.forward_with_grad

@@ -11,7 +11,8 @@ from mixce_kernels import backends, linear_ops
 from mixce_kernels.autocast import without_autocast
 from mixce_kernels.autograd import Differentiable, is_plain
 from mixce_kernels.linear_ops import N_SHARED, Inputs
-from mixce_kernels.reference import linear_logits, token_losses
+from mixce_kernels.reference import linear_logits
+from mixce_kernels.sharded_reference import token_losses_of
 
 # Hidden states, weight and bias come first among the arguments, and nothing else is differentiated.
 _N_DIFFERENTIATED = 3
@@ -110,7 +111,7 @@ def _differentiable_grads(inputs: Inputs, grad_loss: Tensor, wanted: list[bool])
         valid = inputs.targets != inputs.options.ignore_index
         logits = linear_logits(hidden, weight, bias, valid, inputs.compute_dtype)
         eta = inputs.eta_value if inputs.eta is None else inputs.eta
-        loss, _ = token_losses(logits, inputs.targets, eta, inputs.options)
+        loss, _ = token_losses_of(inputs.backend)(logits, inputs.targets, eta, inputs.options)
         sources = [one for one, want in zip(leaves, wanted, strict=True) if want]
         found = iter(torch.autograd.grad(loss, sources, grad_loss, create_graph=True))
         return [next(found) if want else None for want in wanted]

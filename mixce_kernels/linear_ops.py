@@ -17,8 +17,9 @@ from torch import Tensor
 from mixce_kernels import linear_chunks
 from mixce_kernels.autocast import without_autocast
 from mixce_kernels.backends import triton_linear
+from mixce_kernels.backends.results import empty_results
 from mixce_kernels.linear_chunks import Call, Grads
-from mixce_kernels.ops import ETA, OPTIONS, RESULTS, empty_results, library
+from mixce_kernels.ops import ETA, OPTIONS, RESULTS, library
 from mixce_kernels.options import TokenOptions, accumulate_dtype, check_targets_in_range
 
 _INPUTS = f"Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {ETA}, {OPTIONS}"

@@ -6,7 +6,7 @@
 
 The last multiplies the loss by that upstream gradient too. A name that ends in `_` writes the gradient over the logits.
 `state` is [5, ...]: m, s, a, c, t of each token, and `stats` is [5, ...]: nll, q, weight, lse, entropy, empty unless
-asked for, as is `correct`.
+asked for, as is `correct`. `backend` is a name or the address of a backend's shard of the vocabulary.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from mixce_kernels import backends
-from mixce_kernels.options import TokenOptions, accumulate_dtype
+from mixce_kernels.backends.results import empty_results
+from mixce_kernels.options import TokenOptions
 
 ETA = "Tensor? eta, float eta_value"
 OPTIONS = "int ignore_index, float label_smoothing, float z_loss, float? softcap, float logit_scale"
@@ -135,15 +136,6 @@ def _forward_into(
 def scale_rows_(grad_logits: Tensor, grad_loss: Tensor, backend: str) -> None:
     backends.get(backend).scale_rows_(grad_logits, grad_loss)
     increment_version(grad_logits)
-
-
-def empty_results(logits: Tensor, targets: Tensor, with_stats: bool) -> tuple[Tensor, ...]:
-    shape, dtype = targets.shape, accumulate_dtype(logits.dtype)
-    loss = logits.new_empty(shape, dtype=dtype)
-    state = logits.new_empty((5, *shape), dtype=dtype)
-    stats = logits.new_empty((5, *shape) if with_stats else (0,), dtype=dtype)
-    correct = logits.new_empty(shape if with_stats else (0,), dtype=torch.bool)
-    return loss, state, stats, correct
 
 
 def _empty_grad(logits: Tensor) -> Tensor:

@@ -65,6 +65,23 @@ def check_tensors(logits: Tensor, targets: Tensor) -> None:
     _check_targets("logits", logits, targets)
 
 
+def check_shard_tensors(logits_shard: Tensor, targets: Tensor) -> None:
+    """Raises TypeError or ValueError unless logits [..., columns], of any number, and targets [...] fit together."""
+    _check_values_tensor("logits_shard", logits_shard)
+    if logits_shard.dim() == 0:
+        raise ValueError("expected logits_shard of shape [..., columns], got []")
+    _check_targets("logits_shard", logits_shard, targets)
+
+
+def check_shard_range(vocab_start: int, vocab_size: int | None) -> None:
+    """Raises TypeError unless these are ints, ValueError unless a vocabulary has a column."""
+    for name, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
+        if (value is not None or name == "vocab_start") and not _is_integer(value):
+            raise TypeError(f"expected {name} to be an int, got {_describe(value)}")
+    if vocab_size is not None and vocab_size < 1:
+        raise ValueError(f"expected vocab_size to be positive, got {vocab_size}")
+
+
 def check_linear_tensors(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, autocast_dtype: torch.dtype | None
 ) -> torch.dtype:
@@ -109,7 +126,7 @@ def check_linear_tensors(
 def check_linear_options(max_chunk_bytes: int | None, path: str, backend: str | None) -> None:
     """Raises TypeError or ValueError unless the linear loss knows the path and the budget is a positive int."""
     if max_chunk_bytes is not None:
-        if not isinstance(max_chunk_bytes, numbers.Integral) or isinstance(max_chunk_bytes, bool):
+        if not _is_integer(max_chunk_bytes):
             raise TypeError(f"expected max_chunk_bytes to be None or an int, got {_describe(max_chunk_bytes)}")
         if max_chunk_bytes <= 0:
             raise ValueError(f"expected max_chunk_bytes to be positive, got {max_chunk_bytes}")
@@ -228,6 +245,10 @@ def _check_targets(name: str, values: Tensor, targets: Tensor) -> None:
         )
     if targets.device != values.device:
         raise ValueError(f"expected targets on {values.device} with the {name}, got {targets.device}")
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _number(name: str, value: object) -> float:

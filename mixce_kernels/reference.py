@@ -81,7 +81,7 @@ def token_losses(
 
     A target that is neither in [0, V) nor ignore_index gives NaN in its row alone.
     """
-    ignore_index, label_smoothing, z_loss, softcap, logit_scale = options
+    ignore_index, label_smoothing, _, softcap, logit_scale = options
     vocab_size = logits.shape[-1]
     valid = targets != ignore_index
     known = (targets >= 0) & (targets < vocab_size)
@@ -101,21 +101,7 @@ def token_losses(
     s = torch.logsumexp(d, -1)
     lse = m.squeeze(-1) + s
     nll = s - d.gather(-1, index).squeeze(-1)
-    ce = nll
-    if label_smoothing == 1.0:
-        ce = s - d.mean(-1)
-    elif label_smoothing > 0.0:
-        # The same as nll + label_smoothing * (z_y - mean z), without inf - inf where z_y and mean z are -inf.
-        ce = (1.0 - label_smoothing) * nll + label_smoothing * (s - d.mean(-1))
-
-    q = torch.exp(-nll.detach())
-    if isinstance(eta, Tensor):
-        eta = eta.to(q.dtype)
-    w = eta + (1.0 - eta) * q
-    # At a weight of 0 the loss is its limit, 0, even where ce is infinite.
-    loss = torch.where(w == 0.0, 0.0, torch.where(w == 0.0, 0.0, ce) * w)
-    if z_loss > 0.0:
-        loss = loss + z_loss * lse.square()
+    loss, q, w = mixture(nll, s - d.mean(-1) if label_smoothing > 0.0 else None, lse, eta, options)
     loss = loss * torch.where(valid & ~known, torch.nan, 1.0)
 
     with torch.no_grad():
@@ -125,6 +111,32 @@ def token_losses(
         stats = torch.stack((nll, q, w, lse, entropy))
         stats = torch.where(valid, torch.where(known, stats, torch.nan), 0.0)
     return torch.where(valid, loss, 0.0), MixCEStats.of(stats, correct & valid & known)
+
+
+def mixture(
+    nll: Tensor,  # [...]
+    uniform_ce: Tensor | None,  # [...], the mean of -log p over the vocabulary, with label smoothing
+    lse: Tensor,  # [...]
+    eta: float | Tensor,
+    options: TokenOptions,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each token's loss, q and weight, [...]."""
+    label_smoothing, z_loss = options.label_smoothing, options.z_loss
+    ce = nll
+    if label_smoothing == 1.0:
+        ce = uniform_ce
+    elif label_smoothing > 0.0:
+        # The same as nll + label_smoothing * (z_y - mean z), but without inf - inf where z_y and mean z are -inf.
+        ce = (1.0 - label_smoothing) * nll + label_smoothing * uniform_ce
+    q = torch.exp(-nll.detach())
+    if isinstance(eta, Tensor):
+        eta = eta.to(q.dtype)
+    w = eta + (1.0 - eta) * q
+    # At a weight of 0 the loss is its limit, 0, even where ce is infinite.
+    loss = torch.where(w == 0.0, 0.0, torch.where(w == 0.0, 0.0, ce) * w)
+    if z_loss > 0.0:
+        loss = loss + z_loss * lse.square()
+    return loss, q, w
 
 
 def linear_mixce_loss_reference(

@@ -101,7 +101,8 @@ MIXCE_BLOCK void grad_block_from_kept(const typename V::Real* kept, T* grad, int
       [&](int64_t i) __attribute__((always_inline)) { pair(i, Bool<kStream>()); });
 }
 
-// Pass 2: one write of the row, after a read of it or, with kKeep, of the exponentials of pass 1.
+// Pass 2: one write of the row, after a read of it or, with kKeep, of the exponentials of pass 1. A target
+// outside of [0, vocab_size) is in another shard of the vocabulary.
 template <typename V, typename T, bool kCap, bool kKeep>
 MIXCE_INLINE void row_grad(const T* x, const typename V::Real* kept, T* grad, int64_t vocab_size,
                            int64_t target, const GradTerms<typename V::Real>& terms,
@@ -109,8 +110,11 @@ MIXCE_INLINE void row_grad(const T* x, const typename V::Real* kept, T* grad, in
                            bool stream) {
   using Real = typename V::Real;
   // Before the write: the gradient may lie where the logits are.
+  const bool known = target >= 0 && target < vocab_size;
   Real at_target = terms.t;
-  if constexpr (kCap) at_target *= first_lane<V>(capped(V::set(to_real(x[target])), transform).slope);
+  if constexpr (kCap) {
+    if (known) at_target *= first_lane<V>(capped(V::set(to_real(x[target])), transform).slope);
+  }
   const int64_t aligned = elements_to_alignment<V>(grad);
   // Pairs of bfloat16 are kept in an order of their own, which must be that of pass 1.
   const bool fixed_order = kKeep && !V::template kPairsInOrder<T>;
@@ -134,7 +138,7 @@ MIXCE_INLINE void row_grad(const T* x, const typename V::Real* kept, T* grad, in
       grad_block<V, T, kCap, false>(x + begin, grad + begin, head, size, terms, transform, exponential);
     }
   });
-  from_real(at_target, grad + target);
+  if (known) from_real(at_target, grad + target);
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mixce_kernels.backends import cpu, cuda, triton
+from mixce_kernels.backends.shards import Shard, ShardBackend
 from mixce_kernels.options import TokenOptions
 
 NAMES = ("reference", "cpu", "triton", "cuda")
@@ -56,9 +57,13 @@ _TABLE: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda}
 _PREFERRED = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 
-def get(name: str) -> Backend:
-    """The backend of that name; `reference` is not among them, since autograd alone serves it."""
-    return _TABLE[name]
+def get(address: str) -> Backend:
+    """The backend of that name, on a shard of the vocabulary if it is the `Shard.address` of one.
+
+    `reference` is not among them, since autograd alone serves it.
+    """
+    name, shard = Shard.of(address)
+    return _TABLE[name] if shard is None else ShardBackend(name, _TABLE[name], shard)
 
 
 def resolve(name: str | None, logits: Tensor) -> str:

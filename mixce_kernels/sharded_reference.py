@@ -1,0 +1,91 @@
+"""The plain formula of a vocabulary whose columns lie on several ranks: for `reference`, and for second derivatives.
+
+Every sum over the vocabulary is an all-reduce with a derivative of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mixce_kernels.backends.shards import Shard
+from mixce_kernels.collectives import largest, sum_over, total
+from mixce_kernels.options import TokenOptions, accumulate_dtype
+from mixce_kernels.reference import mixture, token_losses
+from mixce_kernels.stats import MixCEStats
+
+
+def token_losses_of(address: str) -> Callable[..., tuple[Tensor, MixCEStats]]:
+    """`reference.token_losses`, of the shard of the vocabulary that the address of a backend names, or of all of it."""
+    _, shard = Shard.of(address)
+    return token_losses if shard is None else functools.partial(sharded_token_losses, shard)
+
+
+def sharded_token_losses(
+    shard: Shard,
+    logits: Tensor,  # [..., columns]
+    targets: Tensor,  # [...], of the whole vocabulary
+    eta: float | Tensor,
+    options: TokenOptions,
+) -> tuple[Tensor, MixCEStats]:
+    """Each token's loss [...], differentiable any number of times, and its detached statistics.
+
+    A target that no rank holds gives NaN in its row alone.
+    """
+    ignore_index, label_smoothing, _, softcap, logit_scale = options
+    group = shard.group
+    columns = shard.columns(logits.shape[-1])
+    logits = logits[..., : columns.number]
+    valid = targets != ignore_index
+    local = targets.long() - columns.start
+    here = valid & (local >= 0) & (local < columns.number)
+
+    # An ignored row must not reach the graph: 0 * NaN would.
+    z = logits.masked_fill(~valid.unsqueeze(-1), 0.0).to(accumulate_dtype(logits.dtype))
+    if softcap is None:
+        # The difference comes before the scale: logits near 1e5 keep their digits.
+        m = _largest(z, group)
+        d = logit_scale * (z - m.unsqueeze(-1))
+        m = logit_scale * m
+    else:
+        z = softcap * torch.tanh(logit_scale * z / softcap)
+        m = _largest(z, group)
+        d = z - m.unsqueeze(-1)
+    s = sum_over(group, d.exp().sum(-1)).log()
+    # A column for a rank that holds none: its gather must have something to read.
+    padded = torch.cat((d, d.new_zeros((*d.shape[:-1], 1))), -1)
+    index = torch.where(here, local, columns.number).unsqueeze(-1)
+    nll = s - sum_over(group, padded.gather(-1, index).squeeze(-1))
+    held = total(here.to(s.dtype), group)
+    uniform_ce = None
+    if label_smoothing > 0.0:
+        vocab_size = shard.vocab_size
+        if vocab_size is None:
+            vocab_size = total(torch.tensor(float(columns.number), device=logits.device), group)
+        uniform_ce = s - sum_over(group, d.sum(-1)) / vocab_size
+    lse = m + s
+    loss, q, w = mixture(nll, uniform_ce, lse, eta, options)
+    loss = loss * torch.where(valid & (held != 1), torch.nan, 1.0)
+
+    with torch.no_grad():
+        log_p = d - s.unsqueeze(-1)
+        p = log_p.exp()
+        entropy = total(-torch.where(p == 0.0, 0.0, p * log_p).sum(-1), group)
+        raw = logits.to(s.dtype)
+        is_largest = raw == _largest(raw, group).unsqueeze(-1)
+        positions = torch.arange(columns.number, device=logits.device) + columns.start
+        first = -_largest(torch.where(is_largest, -positions.to(s.dtype), -torch.inf), group)
+        correct = (first == targets) & ~nll.isnan()
+        stats = torch.stack((nll, q, w, lse, entropy))
+        stats = torch.where(valid, torch.where(held == 1, stats, torch.nan), 0.0)
+    return torch.where(valid, loss, 0.0), MixCEStats.of(stats, correct & valid & (held == 1))
+
+
+def _largest(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The largest of the entries [..., columns] of all ranks, [...], detached."""
+    own = tensor.detach().amax(-1) if tensor.shape[-1] > 0 else tensor.new_full(tensor.shape[:-1], -torch.inf)
+    return largest(own, group)
