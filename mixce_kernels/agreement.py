@@ -21,9 +21,10 @@ class Columns(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """A call, as numbers: the columns, which are the rank's own, and all that must be the same on every rank."""
+    """A call, as numbers: first the rank's own, then all that must be the same on every rank."""
 
     columns: Columns
+    chunk_rows: int  # that the rank's memory allows; 0: the call has no chunks
     tokens: int
     vocab_size: int  # -1: as many as the ranks hold together
     dtype: int  # in LOGITS_DTYPES
@@ -37,11 +38,19 @@ class Signature(NamedTuple):
     reduction: int = 0  # in REDUCTIONS
     token_weights: bool = False
     hidden_size: int = 0  # 0: the call has logits
-    max_chunk_bytes: int = 0
+
+    @property
+    def known_vocab_size(self) -> int | None:
+        """The size of the vocabulary where the caller named it."""
+        return int(self.vocab_size) if self.vocab_size >= 0 else None
+
+    def own(self) -> tuple[Columns, int, int]:
+        """What a layout depends on."""
+        return self.columns, self.chunk_rows, self.vocab_size
 
     def digest(self) -> int:
         """31 bits of what must be the same."""
-        return zlib.crc32(repr(self._numbers()[2:]).encode()) & 0x7FFFFFFF
+        return zlib.crc32(repr(self._numbers()[3:]).encode()) & 0x7FFFFFFF
 
     def _numbers(self) -> list[float]:
         return [float(number) for number in (*self.columns, *self[1:])]
@@ -50,8 +59,8 @@ class Signature(NamedTuple):
         """Those of all ranks, by one small collective, which a GPU's host waits for."""
         own = torch.tensor(self._numbers(), dtype=torch.float64, device=device)
         return [
-            Signature(Columns(int(start), int(number)), *rest)  # type: ignore[arg-type]
-            for start, number, *rest in all_gather(own, group).tolist()
+            Signature(Columns(int(start), int(number)), int(chunk_rows), *rest)
+            for start, number, chunk_rows, *rest in all_gather(own, group).tolist()
         ]
 
 
@@ -59,7 +68,7 @@ class Layout(NamedTuple):
     """What is known once all ranks have told what they hold."""
 
     vocab_size: int
-    most_columns: int  # of a rank
+    chunk_rows: int  # that every rank's memory allows
 
 
 class _Agreement:
@@ -67,7 +76,15 @@ class _Agreement:
 
     def __init__(self) -> None:
         self.has_met = False
-        self.layouts: dict[tuple[Columns, int], Layout] = {}
+        self.layouts: dict[tuple[Columns, int, int], Layout] = {}
+
+    def remember(self, signature: Signature, signatures: list[Signature]) -> Layout:
+        """The layout of what all ranks hold, kept for later calls."""
+        known_size = signature.known_vocab_size
+        vocab_size = sum(other.columns.number for other in signatures) if known_size is None else known_size
+        layout = Layout(vocab_size, min(other.chunk_rows for other in signatures))
+        self.layouts[signature.own()] = layout
+        return layout
 
 
 _agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, _Agreement] = weakref.WeakKeyDictionary()
@@ -90,23 +107,19 @@ def compare(signature: Signature, group: dist.ProcessGroup, device: torch.device
         ValueError: on every rank, where the ranks' columns or calls do not fit together.
     """
     signatures = signature.exchanged(group, device)
-    names = Signature._fields[1:]
+    names = Signature._fields[2:]
     for rank, other in enumerate(signatures):
-        for name, expected, got in zip(names, signatures[0][1:], other[1:], strict=True):
+        for name, expected, got in zip(names, signatures[0][2:], other[2:], strict=True):
             # NaN is equal to NaN here.
             if repr(expected) != repr(got):
                 raise ValueError(
-                    f"expected the same {name} on every rank of the group, got {_shown(name, expected)} on rank 0 and "
-                    f"{_shown(name, got)} on rank {rank}"
+                    f"expected the same {_NAMES.get(name, name)} on every rank of the group, got "
+                    f"{_shown(name, expected)} on rank 0 and {_shown(name, got)} on rank {rank}"
                 )
-    vocab_size = signature.vocab_size if signature.vocab_size >= 0 else None
-    ranges = [other.columns for other in signatures]
-    check_partition(ranges, vocab_size)
+    check_partition([other.columns for other in signatures], signatures[0].known_vocab_size)
     agreement = _agreements.setdefault(group, _Agreement())
     agreement.has_met = True
-    layout = _layout_of(ranges, vocab_size)
-    agreement.layouts[signature.columns, signature.vocab_size] = layout
-    return layout
+    return agreement.remember(signature, signatures)
 
 
 def layout(signature: Signature, group: dist.ProcessGroup, device: torch.device, check: bool) -> Layout:
@@ -116,15 +129,12 @@ def layout(signature: Signature, group: dist.ProcessGroup, device: torch.device,
         ValueError: on every rank, with `check`, where the ranks' columns or calls do not fit together.
     """
     agreement = _agreements.setdefault(group, _Agreement())
-    known = agreement.layouts.get((signature.columns, signature.vocab_size))
+    known = agreement.layouts.get(signature.own())
     if known is not None:
         return known
     if check:
         return compare(signature, group, device)
-    ranges = [other.columns for other in signature.exchanged(group, device)]
-    known = _layout_of(ranges, signature.vocab_size if signature.vocab_size >= 0 else None)
-    agreement.layouts[signature.columns, signature.vocab_size] = known
-    return known
+    return agreement.remember(signature, signature.exchanged(group, device))
 
 
 def check_partition(ranges: list[Columns], vocab_size: int | None) -> None:
@@ -142,9 +152,7 @@ def check_partition(ranges: list[Columns], vocab_size: int | None) -> None:
     raise ValueError(f"expected shards that hold each column of {whole} once, got columns {held}")
 
 
-def _layout_of(ranges: list[Columns], vocab_size: int | None) -> Layout:
-    numbers = [columns.number for columns in ranges]
-    return Layout(sum(numbers) if vocab_size is None else vocab_size, max(numbers))
+_NAMES = {"tokens": "number of tokens", "return_stats": "answer to return_stats", "hidden_size": "hidden size"}
 
 
 def _shown(name: str, value: float) -> str:
@@ -152,8 +160,10 @@ def _shown(name: str, value: float) -> str:
         return REDUCTIONS[int(value)]
     if name == "dtype":
         return str(LOGITS_DTYPES[int(value)])
-    if name in ("return_stats", "token_weights"):
-        return str(bool(value)) if name == "return_stats" else "some" if value else "none"
+    if name == "return_stats":
+        return str(bool(value))
+    if name == "token_weights":
+        return "some" if value else "none"
     if (name == "softcap" and value == 0) or (name == "vocab_size" and value < 0):
         return "None"
     if name == "eta" and value != value:

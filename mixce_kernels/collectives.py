@@ -31,7 +31,7 @@ def group_name(group: dist.ProcessGroup | None) -> str:
 
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group of that name."""
-    return torch.distributed.distributed_c10d._resolve_process_group(name)
+    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type, attr-defined]
 
 
 def all_gather(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mixce_kernels import backends, linear_autograd
 from mixce_kernels.autocast import autocast_dtype
 from mixce_kernels.backends import triton_linear
+from mixce_kernels.backends.shards import Shard
+from mixce_kernels.collectives import copy_to, group_name
 from mixce_kernels.options import (
     accumulate_dtype,
     check_eta,
     check_linear_options,
     check_linear_tensors,
     check_reduction,
+    check_shard_range,
+    check_sharded_call,
     check_token_options,
     check_values,
 )
 from mixce_kernels.reduction import Reduction
-from mixce_kernels.reference import linear_mixce_loss_reference
+from mixce_kernels.reference import linear_logits, linear_mixce_loss_reference
+from mixce_kernels.sharded_reference import sharded_token_losses
 from mixce_kernels.stats import MixCEStats
 
 
@@ -43,6 +49,10 @@ def fused_linear_mixce_loss(
     validate: bool = False,
     max_chunk_bytes: int | None = None,
     path: str = "chunks",
+    group: dist.ProcessGroup | None = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    check_group: bool = True,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, MixCEStats]:
     """`fused_mixce_loss` of the logits hidden @ weight.T + bias, which never exist as a whole.
@@ -53,6 +63,10 @@ def fused_linear_mixce_loss(
     in backward; for "none" backward computes the logits once more. With path "tiles" a Triton kernel computes the
     logits in tiles that never leave the chip, and backward computes each tile again, of whose gradients a span of the
     vocabulary is in memory at a time: docs/linear.md says when that pays.
+
+    With `group` the weight is a shard: each rank has the same hidden states and the rows of some columns of the
+    vocabulary. The ranks meet once a chunk, as in `vocab_parallel_mixce_loss`, and once more to add up the gradient of
+    the hidden states, in float32, which every rank then has as a whole.
 
     Gradients are summed in float32 and rounded once, to their tensor's type. Only those are computed whose tensor
     requires one. Gradients with a graph of their own (`create_graph`, `torch.func`) are computed
@@ -78,7 +92,10 @@ def fused_linear_mixce_loss(
         max_chunk_bytes: memory for the logits of a chunk with path "chunks": as many rows are taken as fit, at least
             one. None: 36 MiB on a CPU, 1 GiB on a GPU. For half-precision operands on a CPU, which are multiplied in
             float32, this includes the float32 copy of a tile of the weight.
-        path: "chunks" or "tiles".
+        path: "chunks" or "tiles"; a sharded weight takes "chunks".
+        group: the ranks that hold the weight; None: the weight is whole.
+        vocab_start, vocab_size, check_group: with `group`, as in `vocab_parallel_mixce_loss`. Chunks have as many rows
+            as fit the memory of every rank, which the ranks tell each other once.
         backend: "cpu", "cuda", "triton" or "reference", whose kernels turn logits into losses and gradients; None picks
             the best that can serve, or `MIXCE_BACKEND` of the environment. Path "tiles" is Triton's alone.
 
@@ -93,11 +110,31 @@ def fused_linear_mixce_loss(
         RuntimeError: the backend asked for cannot serve these tensors.
     """
     options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
-    compute_dtype = check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden))
+    sharded = group is not None
+    check_sharded_call(group, vocab_start, vocab_size)
+    compute_dtype = check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden), sharded=sharded)
     eta = check_eta(eta, targets)
     check_reduction(reduction, targets, token_weights, num_items_in_batch)
-    check_linear_options(max_chunk_bytes, path, backend)
+    check_linear_options(max_chunk_bytes, path, backend, sharded=sharded)
+    shard = None
+    if vocab_start is not None:
+        check_shard_range(vocab_start, vocab_size)
+        has_weights = token_weights is not None
+        shard = Shard(group_name(group), vocab_start, vocab_size, check_group, reduction, has_weights)
     backend = _resolve(backend, path, hidden, weight, compute_dtype)
+    if shard is not None and (validate or (backend == "reference" and hidden.device.type == "cpu")):
+        signature = shard.signature(
+            weight.shape[0], targets.numel(), compute_dtype, eta, options, return_stats, hidden_size=hidden.shape[-1]
+        )
+        shard.check_values(signature, targets, eta, ignore_index, hidden.device)
+    reduced = Reduction.of(reduction, targets, ignore_index, token_weights, num_items_in_batch)
+    if backend == "reference" and shard is not None:
+        # Added up in the type of accumulation, and rounded once.
+        wide = copy_to(shard.group, hidden.to(accumulate_dtype(compute_dtype)))
+        logits = linear_logits(wide, weight, bias, targets != ignore_index, compute_dtype)
+        loss, stats = sharded_token_losses(shard, logits, targets, eta, options)
+        loss = reduced.apply(loss).to(logits.dtype)
+        return (loss, stats) if return_stats else loss
     if backend == "reference":
         return linear_mixce_loss_reference(
             hidden,
@@ -112,16 +149,15 @@ def fused_linear_mixce_loss(
             validate=validate,
             **options._asdict(),
         )
-    if validate:
+    if validate and shard is None:
         check_values(targets, eta, ignore_index, weight.shape[0])
 
-    reduced = Reduction.of(reduction, targets, ignore_index, token_weights, num_items_in_batch)
     eta_tensor, eta_value = (eta.reshape(-1), 0.0) if isinstance(eta, Tensor) else (None, eta)
     # Counting the rows that are left needs the host: on a GPU it synchronises.
     drop_ignored = validate or backend == "cpu"
     inputs = (
         hidden.reshape(-1, hidden.shape[-1]), weight, bias, targets.reshape(-1), eta_tensor, eta_value, *options,
-        compute_dtype, max_chunk_bytes, drop_ignored, path, backend, return_stats,
+        compute_dtype, max_chunk_bytes, drop_ignored, path, shard.address(backend) if shard else backend, return_stats,
     )  # fmt: skip
     wanted = [one is not None and one.requires_grad and torch.is_grad_enabled() for one in (hidden, weight, bias)]
     if path == "chunks" and reduction != "none" and any(wanted):

@@ -10,6 +10,7 @@ from torch import Tensor
 from mixce_kernels import backends, linear_ops
 from mixce_kernels.autocast import without_autocast
 from mixce_kernels.autograd import Differentiable, is_plain
+from mixce_kernels.collectives import copy_to
 from mixce_kernels.linear_ops import N_SHARED, Inputs
 from mixce_kernels.reference import linear_logits
 from mixce_kernels.sharded_reference import token_losses_of
@@ -73,7 +74,7 @@ def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> t
         if not needed:
             found.append(None)
         elif in_place:
-            found.append(_scaled_in_place(grad, scale, shared[N_SHARED - 1]).to(one.dtype))
+            found.append(_scaled_in_place(grad, scale, Inputs(shared).backend_name).to(one.dtype))
         else:
             # Traced: a compiler plans the memory itself, and wants no output of the forward written to. Or batched.
             scale = scale.unsqueeze(-1) if scale.dim() < grad.dim() and scale.dim() > 0 else scale
@@ -85,7 +86,8 @@ def _scaled_in_place(grad: Tensor, scale: Tensor, backend: str) -> Tensor:
     """The gradient with its rows, or all of it, multiplied in its own memory; rows whose factor is 1 are not read."""
     rows = grad.unsqueeze(0) if grad.dim() == 1 else grad
     # Not by the operator, which would tell autograd: `ctx.spent` does, and lets a second backward pass.
-    backends.get(backend).scale_rows_(rows, scale.expand(rows.shape[0]))
+    if rows.numel() > 0:
+        backends.get(backend).scale_rows_(rows, scale.expand(rows.shape[0]))
     # With a version of its own: whoever accumulates into it has not changed a saved tensor.
     return grad.data
 
@@ -108,6 +110,8 @@ def _differentiable_grads(inputs: Inputs, grad_loss: Tensor, wanted: list[bool])
             for one, want in zip((inputs.hidden, inputs.weight, inputs.bias), wanted, strict=True)
         ]
         hidden, weight, bias = leaves
+        if inputs.shard is not None:
+            hidden = copy_to(inputs.shard.group, hidden.to(inputs.dtype))
         valid = inputs.targets != inputs.options.ignore_index
         logits = linear_logits(hidden, weight, bias, valid, inputs.compute_dtype)
         eta = inputs.eta_value if inputs.eta is None else inputs.eta

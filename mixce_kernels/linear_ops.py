@@ -5,19 +5,24 @@
     linear_forward_with_grad  both at once, for a sum of losses whose factors are known    (3 products)
 
 Gradients are of the type of accumulation, [0] where not wanted. The loss of `linear_forward_with_grad` is that sum.
+With the address of a shard as the backend, weight and bias are those of a rank's columns, and the gradient of the
+hidden states is added up over the ranks.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mixce_kernels import linear_chunks
 from mixce_kernels.autocast import without_autocast
 from mixce_kernels.backends import triton_linear
 from mixce_kernels.backends.results import empty_results
+from mixce_kernels.backends.shards import Shard
 from mixce_kernels.linear_chunks import Call, Grads
 from mixce_kernels.ops import ETA, OPTIONS, RESULTS, library
 from mixce_kernels.options import TokenOptions, accumulate_dtype, check_targets_in_range
@@ -43,14 +48,30 @@ class Inputs:
         self.hidden, self.weight, self.bias, self.targets, self.eta, self.eta_value = args[:6]
         self.options = TokenOptions(*args[6:11])
         self.compute_dtype, self.max_chunk_bytes, self.drop_ignored, self.path, self.backend = args[11:N_SHARED]
+        self.backend_name, self.shard = Shard.of(self.backend)
         self.dtype = accumulate_dtype(self.compute_dtype)
 
-    def call(self) -> Call:
+    def call(self, with_stats: bool = False) -> Call:
         """As the path "chunks" takes them."""
-        return Call(
+        call = Call(
             self.hidden, self.weight, self.bias, self.targets, self.options, self.compute_dtype, self.max_chunk_bytes,
             self.drop_ignored, self.backend,
         )  # fmt: skip
+        return call if self.shard is None else call._replace(agreed_rows=partial(self._agreed_rows, with_stats))
+
+    def _agreed_rows(self, with_stats: bool, rows: int) -> int:
+        """The rows of a chunk in the memory of all ranks that share the vocabulary; checks targets on the CPU."""
+        assert self.shard is not None
+        tokens, hidden_size = self.hidden.shape
+        eta = self.eta_value if self.eta is None else self.eta
+        signature = self.shard.signature(
+            self.weight.shape[0], tokens, self.compute_dtype, eta, self.options, with_stats,
+            hidden_size=hidden_size, chunk_rows=rows,
+        )  # fmt: skip
+        layout = self.shard.layout(signature, self.hidden.device)
+        if self.backend_name == "cpu":
+            check_targets_in_range(self.targets, self.options.ignore_index, layout.vocab_size)
+        return layout.chunk_rows
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """As the path "tiles" takes them: of one type, the last dimension contiguous."""
@@ -74,6 +95,11 @@ class Inputs:
         if self.backend == "cpu":
             check_targets_in_range(self.targets, self.options.ignore_index, self.weight.shape[0])
 
+    def sum_hidden_grad(self, grad_hidden: Tensor) -> None:
+        """Adds up what each rank's columns contribute to the gradient of hidden states that all of them have."""
+        if self.shard is not None and grad_hidden.numel() > 0:
+            dist.all_reduce(grad_hidden, group=self.shard.group)
+
 
 # Inside of the operators no autocast may come between: their types are settled.
 
@@ -86,7 +112,8 @@ def linear_forward(*args: Any) -> tuple[Tensor, ...]:
         if inputs.path == "tiles":
             triton_linear.forward(*inputs.operands(), inputs.eta, inputs.eta_value, inputs.options, results)
         else:
-            linear_chunks.forward(inputs.call(), inputs.eta, inputs.eta_value, results, None, (None, None, None))
+            call = inputs.call(with_stats)
+            linear_chunks.forward(call, inputs.eta, inputs.eta_value, results, None, (None, None, None))
     return results
 
 
@@ -98,6 +125,7 @@ def linear_grad(*args: Any) -> tuple[Tensor, ...]:
             triton_linear.grad(*inputs.operands(), state, grad_loss, inputs.options, *_wanted(grads, wanted))
         else:
             linear_chunks.grad(inputs.call(), state, grad_loss, _wanted(grads, wanted))
+            inputs.sum_hidden_grad(grads[0])
     return tuple(grads)
 
 
@@ -107,7 +135,9 @@ def linear_forward_with_grad(*args: Any) -> tuple[Tensor, ...]:
     results = inputs.empty_results(with_stats)
     grads = inputs.empty_grads(wanted)
     with without_autocast(inputs.hidden):
-        linear_chunks.forward(inputs.call(), inputs.eta, inputs.eta_value, results, token_scale, _wanted(grads, wanted))
+        call = inputs.call(with_stats)
+        linear_chunks.forward(call, inputs.eta, inputs.eta_value, results, token_scale, _wanted(grads, wanted))
+        inputs.sum_hidden_grad(grads[0])
     loss, *others = results
     return _weighted_sum(loss, token_scale), *others, *grads
 

@@ -73,7 +73,7 @@ class TiledProducts:
         converted = weight.dtype != self.dtype or weight.dtype != compute_dtype
         self.on_cpu = weight.device.type == "cpu"
         # A GPU's BLAS chooses its own tiles.
-        self.tile = min(_TILE, vocab_size) if converted or self.on_cpu else vocab_size
+        self.tile = max(min(_TILE, vocab_size) if converted or self.on_cpu else vocab_size, 1)
         row_bytes = hidden_size * (self.dtype.itemsize + compute_dtype.itemsize)
         if converted:
             self.tile = max(min(self.tile, max_bytes // row_bytes), 1)

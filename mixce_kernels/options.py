@@ -73,6 +73,16 @@ def check_shard_tensors(logits_shard: Tensor, targets: Tensor) -> None:
     _check_targets("logits_shard", logits_shard, targets)
 
 
+def check_sharded_call(group: object, vocab_start: int | None, vocab_size: int | None) -> None:
+    """Raises ValueError where what describes a shard of the weight comes without its group, or the reverse."""
+    if group is None:
+        for name, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
+            if value is not None:
+                raise ValueError(f"expected group with {name}={value!r}, got None (a whole weight has no {name})")
+    elif vocab_start is None:
+        raise ValueError("expected vocab_start, the first of the rank's columns, with group, got None")
+
+
 def check_shard_range(vocab_start: int, vocab_size: int | None) -> None:
     """Raises TypeError unless these are ints, ValueError unless a vocabulary has a column."""
     for name, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
@@ -83,9 +93,17 @@ def check_shard_range(vocab_start: int, vocab_size: int | None) -> None:
 
 
 def check_linear_tensors(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, autocast_dtype: torch.dtype | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    autocast_dtype: torch.dtype | None,
+    *,
+    sharded: bool = False,
 ) -> torch.dtype:
     """The type of the products' operands: that of all tensors, or autocast's where it is active.
+
+    A sharded weight may have no rows.
 
     Raises:
         TypeError, ValueError: hidden [..., D], weight [V, D], bias [V] and targets [...] do not fit together.
@@ -95,7 +113,7 @@ def check_linear_tensors(
     if hidden.dim() == 0 or hidden.shape[-1] == 0:
         raise ValueError(f"expected hidden of shape [..., D] with D >= 1, got {list(hidden.shape)}")
     hidden_size = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden_size:
+    if weight.dim() != 2 or (weight.shape[0] == 0 and not sharded) or weight.shape[1] != hidden_size:
         raise ValueError(
             f"expected weight of shape [V, D] = [V, {hidden_size}] for hidden of shape {list(hidden.shape)}, "
             f"got {list(weight.shape)}"
@@ -123,7 +141,7 @@ def check_linear_tensors(
     return autocast_dtype if autocast and autocast_dtype is not None else hidden.dtype
 
 
-def check_linear_options(max_chunk_bytes: int | None, path: str, backend: str | None) -> None:
+def check_linear_options(max_chunk_bytes: int | None, path: str, backend: str | None, *, sharded: bool = False) -> None:
     """Raises TypeError or ValueError unless the linear loss knows the path and the budget is a positive int."""
     if max_chunk_bytes is not None:
         if not _is_integer(max_chunk_bytes):
@@ -134,6 +152,8 @@ def check_linear_options(max_chunk_bytes: int | None, path: str, backend: str | 
         raise ValueError(f"expected path 'chunks' or 'tiles', got {path!r}")
     if path == "tiles" and backend not in (None, "triton"):
         raise ValueError(f"expected backend 'triton' or None with path='tiles', got {backend!r}")
+    if path == "tiles" and sharded:
+        raise ValueError("expected path 'chunks' with a sharded weight, got 'tiles'")
 
 
 def check_eta_number(eta: float) -> float:

@@ -101,7 +101,7 @@ def token_losses(
     s = torch.logsumexp(d, -1)
     lse = m.squeeze(-1) + s
     nll = s - d.gather(-1, index).squeeze(-1)
-    loss, q, w = mixture(nll, s - d.mean(-1) if label_smoothing > 0.0 else None, lse, eta, options)
+    loss, q, w = mixture(nll, s - d.mean(-1) if label_smoothing > 0.0 else nll, lse, eta, options)
     loss = loss * torch.where(valid & ~known, torch.nan, 1.0)
 
     with torch.no_grad():
@@ -115,7 +115,7 @@ def token_losses(
 
 def mixture(
     nll: Tensor,  # [...]
-    uniform_ce: Tensor | None,  # [...], the mean of -log p over the vocabulary, with label smoothing
+    uniform_ce: Tensor,  # [...], the mean of -log p over the vocabulary; not read without label smoothing
     lse: Tensor,  # [...]
     eta: float | Tensor,
     options: TokenOptions,

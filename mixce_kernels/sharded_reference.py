@@ -61,11 +61,9 @@ def sharded_token_losses(
     index = torch.where(here, local, columns.number).unsqueeze(-1)
     nll = s - sum_over(group, padded.gather(-1, index).squeeze(-1))
     held = total(here.to(s.dtype), group)
-    uniform_ce = None
+    uniform_ce = nll
     if label_smoothing > 0.0:
-        vocab_size = shard.vocab_size
-        if vocab_size is None:
-            vocab_size = total(torch.tensor(float(columns.number), device=logits.device), group)
+        vocab_size = total(torch.tensor(columns.number, dtype=torch.float64, device=logits.device), group)
         uniform_ce = s - sum_over(group, d.sum(-1)) / vocab_size
     lse = m + s
     loss, q, w = mixture(nll, uniform_ce, lse, eta, options)

@@ -5,19 +5,17 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
-from mixce_kernels import agreement, backends
+from mixce_kernels import backends
 from mixce_kernels.backends.shards import Shard
 from mixce_kernels.collectives import group_name
 from mixce_kernels.functional import fused_loss
 from mixce_kernels.options import (
-    TokenOptions,
     accumulate_dtype,
     check_eta,
     check_reduction,
     check_shard_range,
     check_shard_tensors,
     check_token_options,
-    check_values,
 )
 from mixce_kernels.reduction import Reduction
 from mixce_kernels.sharded_reference import sharded_token_losses
@@ -100,7 +98,9 @@ def vocab_parallel_mixce_loss(
     shard = Shard(group_name(group), vocab_start, vocab_size, check_group, reduction, token_weights is not None)
     backend = backends.resolve(backend, logits_shard)
     if validate or (backend == "reference" and logits_shard.device.type == "cpu"):
-        _check_values(shard, logits_shard, targets, eta, options, return_stats)
+        width, dtype = logits_shard.shape[-1], logits_shard.dtype
+        signature = shard.signature(width, targets.numel(), dtype, eta, options, return_stats)
+        shard.check_values(signature, targets, eta, ignore_index, logits_shard.device)
     reduced = Reduction.of(reduction, targets, ignore_index, token_weights, num_items_in_batch)
     if backend == "reference":
         loss, stats = sharded_token_losses(shard, logits_shard, targets, eta, options)
@@ -110,15 +110,3 @@ def vocab_parallel_mixce_loss(
         logits_shard, targets, eta, options, reduced, inplace_backward, grad_in_forward, return_stats,
         shard.address(backend),
     )  # fmt: skip
-
-
-def _check_values(
-    shard: Shard, logits_shard: Tensor, targets: Tensor, eta: float | Tensor, options: TokenOptions, with_stats: bool
-) -> None:
-    """Reads targets and eta: see `check_values`; the ranks have told each other what they hold."""
-    eta_tensor, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
-    signature = shard.signature(
-        logits_shard.shape[-1], targets.numel(), logits_shard.dtype, eta_tensor, eta_value, options, with_stats
-    )
-    layout = agreement.layout(signature, shard.group, logits_shard.device, shard.check_group)
-    check_values(targets, eta, options.ignore_index, layout.vocab_size)

@@ -18,10 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixce_kernels import agreement
-from mixce_kernels.agreement import Columns, Signature
+from mixce_kernels.agreement import Columns, Layout, Signature
 from mixce_kernels.backends.results import empty_results
 from mixce_kernels.collectives import all_gather, group_of
-from mixce_kernels.options import LOGITS_DTYPES, REDUCTIONS, TokenOptions, accumulate_dtype, raise_bad_target
+from mixce_kernels.options import (
+    LOGITS_DTYPES,
+    REDUCTIONS,
+    TokenOptions,
+    accumulate_dtype,
+    check_values,
+    raise_bad_target,
+)
 from mixce_kernels.token_terms import TokenTerms, token_terms
 
 if TYPE_CHECKING:
@@ -77,18 +84,21 @@ class Shard(NamedTuple):
         width: int,
         tokens: int,
         dtype: torch.dtype,
-        eta: Tensor | None,
-        eta_value: float,
+        eta: float | Tensor,
         options: TokenOptions,
         with_stats: bool,
+        *,
+        hidden_size: int = 0,
+        chunk_rows: int = 0,
     ) -> Signature:
         """The call on this shard, for comparison with the other ranks'."""
         return Signature(
             self.columns(width),
+            chunk_rows,
             tokens,
             -1 if self.vocab_size is None else self.vocab_size,
             LOGITS_DTYPES.index(dtype),
-            eta_value if eta is None else float("nan"),
+            float("nan") if isinstance(eta, Tensor) else eta,
             options.ignore_index,
             options.label_smoothing,
             options.z_loss,
@@ -97,7 +107,18 @@ class Shard(NamedTuple):
             with_stats,
             REDUCTIONS.index(self.reduction),
             self.token_weights,
+            hidden_size,
         )
+
+    def layout(self, signature: Signature, device: torch.device) -> Layout:
+        """What the ranks hold together, which they tell each other once."""
+        return agreement.layout(signature, self.group, device, self.check_group)
+
+    def check_values(
+        self, signature: Signature, targets: Tensor, eta: float | Tensor, ignore_index: int, device: torch.device
+    ) -> None:
+        """Reads targets and eta: see `options.check_values`; the ranks tell each other what they hold."""
+        check_values(targets, eta, ignore_index, self.layout(signature, device).vocab_size)
 
 
 class ShardBackend:
@@ -131,9 +152,8 @@ class ShardBackend:
         shard, group = self.shard, self.shard.group
         _, state, stats, _ = results
         with_stats = stats.shape[0] > 0
-        signature = shard.signature(
-            logits.shape[-1], targets.numel(), logits.dtype, eta, eta_value, options, with_stats
-        )
+        mixing = eta_value if eta is None else eta
+        signature = shard.signature(logits.shape[-1], targets.numel(), logits.dtype, mixing, options, with_stats)
         if shard.check_group:
             agreement.meet(signature, group, logits.device)
         # Each rank's message: the header, and its numbers of each token one after another.
@@ -299,11 +319,10 @@ def _integers(dtype: torch.dtype) -> torch.dtype:
 def _check_headers(headers: Tensor, signature: Signature, group: dist.ProcessGroup) -> None:
     """Raises ValueError, on every rank, where the headers [k, 3] are not of one call on one vocabulary."""
     digests, starts, numbers = headers.t().tolist()
-    vocab_size = signature.vocab_size if signature.vocab_size >= 0 else None
     if len(set(digests)) > 1:
         # All ranks know it, and meet once more to tell what differs.
         agreement.compare(signature, group, headers.device)
-    agreement.check_partition(list(map(Columns, starts, numbers)), vocab_size)
+    agreement.check_partition(list(map(Columns, starts, numbers)), signature.known_vocab_size)
 
 
 def _raise_not_held(holders: Tensor, targets: Tensor, ignore_index: int, vocab_size: int) -> None:
