@@ -94,7 +94,7 @@ def _wait_for(processes: list[Any], deadline: float) -> list[int]:
     return failed + list(running.values())
 
 
-def _report(rank: int, exit_code: int, folder: Path) -> str:
+def _report(rank: int, exit_code: int | None, folder: Path) -> str:
     path = folder / f"{rank}.report"
     text = path.read_text() if path.exists() else ""
     return f"rank {rank} ended with exit code {exit_code} and reported:\n{text or '(nothing)'}"
