@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from mixce_kernels.options import (
     check_tensors,
     check_token_options,
     check_values,
+    has_dtensor,
 )
 from mixce_kernels.reduction import Reduction
 from mixce_kernels.reference import mixce_loss_reference
@@ -83,34 +86,37 @@ def fused_mixce_loss(
             environment.
 
     Returns:
-        The loss, float32 (float64 for float64 logits); with `return_stats`, a pair of it and `MixCEStats`.
+        The loss, float32 (float64 for float64 logits); with `return_stats`, a pair of it and `MixCEStats`. Of a
+        `DTensor` they are DTensors: the loss replicated, results of tokens placed as the tokens are.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, device, range or combination is wrong.
+        ValueError: a shape, device, range, placement or combination is wrong.
         IndexError: a target is out of range, on the CPU or with `validate`. On a GPU, without `validate`, that row's
             loss and gradient are NaN.
         RuntimeError: the backend asked for cannot serve these logits.
     """
     options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    keywords: dict[str, Any] = {
+        "reduction": reduction,
+        "token_weights": token_weights,
+        "num_items_in_batch": num_items_in_batch,
+        "inplace_backward": inplace_backward,
+        "grad_in_forward": grad_in_forward,
+        "return_stats": return_stats,
+        "validate": validate,
+        **options._asdict(),
+    }
+    if has_dtensor(logits, targets, eta, token_weights):
+        from mixce_kernels import dtensors
+
+        return dtensors.mixce_loss(logits, targets, eta, backend=backend, **keywords)
     check_tensors(logits, targets)
     eta = check_eta(eta, targets)
     check_reduction(reduction, targets, token_weights, num_items_in_batch)
     backend = backends.resolve(backend, logits)
     if backend == "reference":
-        return mixce_loss_reference(
-            logits,
-            targets,
-            eta,
-            reduction=reduction,
-            token_weights=token_weights,
-            num_items_in_batch=num_items_in_batch,
-            inplace_backward=inplace_backward,
-            grad_in_forward=grad_in_forward,
-            return_stats=return_stats,
-            validate=validate,
-            **options._asdict(),
-        )
+        return mixce_loss_reference(logits, targets, eta, **keywords)
     if validate:
         check_values(targets, eta, ignore_index, logits.shape[-1])
     reduced = Reduction.of(reduction, targets, options.ignore_index, token_weights, num_items_in_batch)

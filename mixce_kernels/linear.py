@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -21,6 +23,7 @@ from mixce_kernels.options import (
     check_sharded_call,
     check_token_options,
     check_values,
+    has_dtensor,
 )
 from mixce_kernels.reduction import Reduction
 from mixce_kernels.reference import linear_logits, linear_mixce_loss_reference
@@ -66,7 +69,8 @@ def fused_linear_mixce_loss(
 
     With `group` the weight is a shard: each rank has the same hidden states and the rows of some columns of the
     vocabulary. The ranks meet once a chunk, as in `vocab_parallel_mixce_loss`, and once more to add up the gradient of
-    the hidden states, in float32, which every rank then has as a whole.
+    the hidden states, in float32, which every rank then has as a whole. Hidden states and weight may also be DTensors,
+    of which the weight is sharded by the vocabulary over one dimension of the mesh.
 
     Gradients are summed in float32 and rounded once, to their tensor's type. Only those are computed whose tensor
     requires one. Gradients with a graph of their own (`create_graph`, `torch.func`) are computed
@@ -110,6 +114,20 @@ def fused_linear_mixce_loss(
         RuntimeError: the backend asked for cannot serve these tensors.
     """
     options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    keywords: dict[str, Any] = {
+        "bias": bias,
+        "reduction": reduction,
+        "token_weights": token_weights,
+        "num_items_in_batch": num_items_in_batch,
+        "return_stats": return_stats,
+        "validate": validate,
+        **options._asdict(),
+    }
+    if has_dtensor(hidden, weight, bias, targets, eta, token_weights):
+        from mixce_kernels import dtensors
+
+        keywords.update(max_chunk_bytes=max_chunk_bytes, path=path, backend=backend)
+        return dtensors.linear_mixce_loss(hidden, weight, targets, eta, **keywords)
     sharded = group is not None
     check_sharded_call(group, vocab_start, vocab_size)
     compute_dtype = check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden), sharded=sharded)
@@ -136,19 +154,7 @@ def fused_linear_mixce_loss(
         loss = reduced.apply(loss).to(logits.dtype)
         return (loss, stats) if return_stats else loss
     if backend == "reference":
-        return linear_mixce_loss_reference(
-            hidden,
-            weight,
-            targets,
-            eta,
-            bias=bias,
-            reduction=reduction,
-            token_weights=token_weights,
-            num_items_in_batch=num_items_in_batch,
-            return_stats=return_stats,
-            validate=validate,
-            **options._asdict(),
-        )
+        return linear_mixce_loss_reference(hidden, weight, targets, eta, **keywords)
     if validate and shard is None:
         check_values(targets, eta, ignore_index, weight.shape[0])
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
@@ -57,6 +58,17 @@ def check_token_options(
     return TokenOptions(int(ignore_index), label_smoothing, z_loss, softcap, logit_scale)
 
 
+def has_dtensor(*values: object) -> bool:
+    """Whether a value is a tensor distributed over a mesh of devices."""
+    if all(type(value) in (Tensor, Parameter, float, int, type(None)) for value in values):
+        return False
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(value, DTensor) for value in values)
+
+
 def check_tensors(logits: Tensor, targets: Tensor) -> None:
     """Raises TypeError or ValueError unless logits [..., V] and targets [...] fit together."""
     _check_values_tensor("logits", logits)
@@ -67,6 +79,8 @@ def check_tensors(logits: Tensor, targets: Tensor) -> None:
 
 def check_shard_tensors(logits_shard: Tensor, targets: Tensor) -> None:
     """Raises TypeError or ValueError unless logits [..., columns], of any number, and targets [...] fit together."""
+    if has_dtensor(logits_shard, targets):
+        raise TypeError("expected a rank's own columns as a plain tensor, got a DTensor, which fused_mixce_loss takes")
     _check_values_tensor("logits_shard", logits_shard)
     if logits_shard.dim() == 0:
         raise ValueError("expected logits_shard of shape [..., columns], got []")

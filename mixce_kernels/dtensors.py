@@ -1,0 +1,185 @@
+"""The losses of `DTensor` arguments: each rank's part by the functions of plain tensors, the placements by PyTorch.
+
+Logits [..., V] may be sharded over one dimension of the mesh by the vocabulary, and over others by their leading
+dimensions. Whatever else is a tensor has one entry a token and is placed as the tokens are: a plain tensor is taken to
+be the same, whole tensor on every rank. The loss is a `DTensor`: replicated, or with "none" placed as the tokens are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from mixce_kernels.collectives import sum_over, total
+from mixce_kernels.functional import fused_mixce_loss
+from mixce_kernels.linear import fused_linear_mixce_loss
+from mixce_kernels.options import check_eta, check_reduction, check_tensors
+from mixce_kernels.stats import MixCEStats
+from mixce_kernels.vocab_parallel import vocab_parallel_mixce_loss
+
+
+def mixce_loss(logits: Tensor, targets: Tensor, eta: float | Tensor, **options: Any) -> Any:
+    """`fused_mixce_loss` of logits [..., V] that are a DTensor."""
+    if not isinstance(logits, DTensor):
+        raise TypeError("expected logits to be a DTensor where targets, eta or token_weights are, got a plain tensor")
+    check_tensors(logits, targets)
+    split = _Split.of("logits", logits.device_mesh, logits.placements, logits.dim())
+    tokens = _Tokens(split, logits.shape[:-1])
+    eta, options = tokens.local_options(targets, eta, options)
+    local = logits.to_local()
+    if split.vocab is None:
+        return tokens.result(fused_mixce_loss(local, tokens.local(targets), eta, **options), options)
+    found = vocab_parallel_mixce_loss(
+        local, tokens.local(targets), eta, group=split.mesh.get_group(split.vocab),
+        vocab_start=split.vocab_start(logits.shape[-1]), vocab_size=logits.shape[-1], check_group=False, **options,
+    )  # fmt: skip
+    return tokens.result(found, options)
+
+
+def linear_mixce_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, eta: float | Tensor, *, bias: Tensor | None, **options: Any
+) -> Any:
+    """`fused_linear_mixce_loss` of hidden states [..., D] and a weight [V, D] that are DTensors."""
+    hidden, weight, *_ = distributed = _distributed(hidden=hidden, weight=weight, bias=bias)
+    mesh = hidden.device_mesh
+    held = _Split.of("weight", mesh, weight.placements, 2, vocab_dim=0)
+    for one in distributed[2:]:
+        if one.placements != weight.placements:
+            shown = f"{_shown(weight.placements)}, got {_shown(one.placements)}"
+            raise ValueError(f"expected bias placed as weight, {shown}")
+    placements = list(hidden.placements)
+    if held.vocab is not None:
+        # Each rank of the group multiplies all of its hidden states; their gradient goes back as they came.
+        placements[held.vocab] = Replicate()
+        hidden = hidden.redistribute(placements=placements)
+    split = _Split.of("hidden", mesh, placements, hidden.dim())
+    if split.vocab is not None:
+        raise ValueError(f"expected hidden states whose last dimension is whole, got {_shown(placements)}")
+    tokens = _Tokens(split, hidden.shape[:-1])
+    eta, options = tokens.local_options(targets, eta, options)
+    # Ranks with other tokens have other parts of the weight's gradient.
+    grad_placements = [Partial() if dim in split.leading else one for dim, one in enumerate(weight.placements)]
+    local_weight, *local_bias = (
+        one.redistribute(placements=one.placements).to_local(grad_placements=grad_placements) for one in distributed[1:]
+    )
+    options["bias"] = local_bias[0] if local_bias else None
+    if held.vocab is not None:
+        options["group"], options["check_group"] = mesh.get_group(held.vocab), False
+        options["vocab_start"], options["vocab_size"] = held.vocab_start(weight.shape[0]), weight.shape[0]
+    found = fused_linear_mixce_loss(hidden.to_local(), local_weight, tokens.local(targets), eta, **options)
+    return tokens.result(found, options)
+
+
+class _Split(NamedTuple):
+    """Which dimension of the mesh splits the vocabulary, and which split leading dimensions of the tokens."""
+
+    mesh: DeviceMesh
+    vocab: int | None
+    leading: dict[int, int]  # of the mesh -> of the tensor
+
+    @classmethod
+    def of(cls, name: str, mesh: DeviceMesh, placements: Any, n_dims: int, vocab_dim: int = -1) -> _Split:
+        """From the placements of a tensor whose dimension `vocab_dim` is the vocabulary."""
+        vocab, leading = None, {}
+        for dim, placement in enumerate(placements):
+            if type(placement) is Replicate:
+                continue
+            if type(placement) is not Shard:
+                raise ValueError(f"expected {name} that are replicated or sharded, got {_shown(placements)}")
+            if placement.dim % n_dims != vocab_dim % n_dims:
+                leading[dim] = placement.dim % n_dims
+            elif vocab is None:
+                vocab = dim
+            else:
+                raise ValueError(
+                    f"expected {name} whose vocabulary is sharded over one dimension of the mesh, "
+                    f"got {_shown(placements)}"
+                )
+        return cls(mesh, vocab, leading)
+
+    def vocab_start(self, vocab_size: int) -> int:
+        """The first of this rank's columns: DTensor splits as `torch.chunk` does."""
+        assert self.vocab is not None
+        chunk = -(-vocab_size // self.mesh.size(self.vocab))
+        return min(self.mesh.get_local_rank(self.vocab) * chunk, vocab_size)
+
+
+class _Tokens:
+    """Tensors with one entry a token: from the whole to the rank's part, and back."""
+
+    def __init__(self, split: _Split, shape: torch.Size) -> None:
+        self.split = split
+        self.shape = shape
+        self.placements: list[Placement] = [Replicate()] * split.mesh.ndim
+        for dim, tensor_dim in split.leading.items():
+            self.placements[dim] = Shard(tensor_dim)
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor of the tokens' shape [...] that belongs to this rank."""
+        mesh = self.split.mesh
+        if not isinstance(tensor, DTensor):
+            tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        elif tensor.device_mesh != mesh:
+            raise ValueError(f"expected all DTensors on one mesh, {mesh}, got {tensor.device_mesh}")
+        return tensor.redistribute(placements=self.placements).to_local()
+
+    def local_options(
+        self, targets: Tensor, eta: float | Tensor, options: dict[str, Any]
+    ) -> tuple[float | Tensor, dict[str, Any]]:
+        """Eta and the options for this rank's part: what "mean" divides by is that of all tokens."""
+        eta = check_eta(eta, targets)
+        reduction, weights, divisor = (options[name] for name in ("reduction", "token_weights", "num_items_in_batch"))
+        check_reduction(reduction, targets, weights, divisor)
+        weights = None if weights is None else self.local(weights.detach())
+        if isinstance(divisor, DTensor):
+            divisor = divisor.full_tensor()
+        elif reduction == "mean" and divisor is None and self.split.leading:
+            valid = self.local(targets) != options["ignore_index"]
+            divisor = torch.where(valid, 1.0 if weights is None else weights, 0.0).sum(dtype=torch.float64)
+            for dim in self.split.leading:
+                divisor = total(divisor, self.split.mesh.get_group(dim))
+        changed = {"token_weights": weights, "num_items_in_batch": divisor}
+        return self.local(eta) if isinstance(eta, Tensor) else eta, {**options, **changed}
+
+    def result(self, found: Any, options: dict[str, Any]) -> Any:
+        """What a function returned for this rank's part, as DTensors of the whole."""
+        loss, stats = found if options["return_stats"] else (found, None)
+        mesh = self.split.mesh
+        if options["reduction"] == "none":
+            loss = self._whole(loss)
+        else:
+            for dim in self.split.leading:
+                loss = sum_over(mesh.get_group(dim), loss)
+            loss = DTensor.from_local(loss, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        return loss if stats is None else (loss, MixCEStats(*map(self._whole, stats)))
+
+    def _whole(self, local: Tensor) -> DTensor:
+        stride = torch.empty(self.shape, device="meta").stride()
+        return DTensor.from_local(
+            local, self.split.mesh, self.placements, run_check=False, shape=self.shape, stride=stride
+        )
+
+
+def _distributed(**named: Tensor | None) -> list[DTensor]:
+    """Those that are not None; raises unless all are DTensors on one mesh."""
+    found: list[DTensor] = []
+    for name, one in named.items():
+        if one is None:
+            continue
+        if not isinstance(one, DTensor):
+            raise TypeError(
+                f"expected {', '.join(named)} to be all DTensors or all plain tensors, got a plain {name} (the "
+                "parameters of a module under FSDP are plain within its forward)"
+            )
+        if found and one.device_mesh != found[0].device_mesh:
+            raise ValueError(f"expected {name} on the mesh {found[0].device_mesh}, got {one.device_mesh}")
+        found.append(one)
+    return found
+
+
+def _shown(placements: Any) -> str:
+    return ", ".join(map(str, placements))
