@@ -165,7 +165,7 @@ def matmuls(hidden: Tensor, weight: Tensor, gradients: bool) -> Sequence[Tensor]
     budget = DEFAULT_CHUNK_BYTES[hidden.device.type]
     made = products(weight, None, hidden.dtype, budget // 2)
     dtype = accumulate_dtype(hidden.dtype)
-    budget -= made.bytes_besides
+    budget -= made.bytes_besides(weight.shape[0])
     size = rows_per_chunk(len(hidden), len(weight), made.bytes_per_logit, budget)
     buffer = padded_empty(size, len(weight), dtype, hidden.device)
     if not gradients:

@@ -20,11 +20,18 @@ class Columns(NamedTuple):
     number: int
 
 
+class Layout(NamedTuple):
+    """What is known once all ranks have told what they hold."""
+
+    vocab_size: int
+    most_columns: int  # of a rank, with its padding
+
+
 class Signature(NamedTuple):
     """A call, as numbers: first the rank's own, then all that must be the same on every rank."""
 
     columns: Columns
-    chunk_rows: int  # that the rank's memory allows; 0: the call has no chunks
+    width: int  # the columns with their padding
     tokens: int
     vocab_size: int  # -1: as many as the ranks hold together
     dtype: int  # in LOGITS_DTYPES
@@ -44,69 +51,56 @@ class Signature(NamedTuple):
         """The size of the vocabulary where the caller named it."""
         return int(self.vocab_size) if self.vocab_size >= 0 else None
 
-    def own(self) -> tuple[Columns, int, int]:
-        """What a layout depends on."""
-        return self.columns, self.chunk_rows, self.vocab_size
-
     def digest(self) -> int:
         """31 bits of what must be the same."""
         return zlib.crc32(repr(self._numbers()[3:]).encode()) & 0x7FFFFFFF
-
-    def _numbers(self) -> list[float]:
-        return [float(number) for number in (*self.columns, *self[1:])]
 
     def exchanged(self, group: dist.ProcessGroup, device: torch.device) -> list[Signature]:
         """Those of all ranks, by one small collective, which a GPU's host waits for."""
         own = torch.tensor(self._numbers(), dtype=torch.float64, device=device)
         return [
-            Signature(Columns(int(start), int(number)), int(chunk_rows), *rest)
-            for start, number, chunk_rows, *rest in all_gather(own, group).tolist()
+            Signature(Columns(int(start), int(number)), int(width), *rest)
+            for start, number, width, *rest in all_gather(own, group).tolist()
         ]
 
-
-class Layout(NamedTuple):
-    """What is known once all ranks have told what they hold."""
-
-    vocab_size: int
-    chunk_rows: int  # that every rank's memory allows
+    def _numbers(self) -> list[float]:
+        return [float(number) for number in (*self.columns, *self[1:])]
 
 
-class _Agreement:
-    """What a group has agreed on so far."""
-
-    def __init__(self) -> None:
-        self.has_met = False
-        self.layouts: dict[tuple[Columns, int, int], Layout] = {}
-
-    def remember(self, signature: Signature, signatures: list[Signature]) -> Layout:
-        """The layout of what all ranks hold, kept for later calls."""
-        known_size = signature.known_vocab_size
-        vocab_size = sum(other.columns.number for other in signatures) if known_size is None else known_size
-        layout = Layout(vocab_size, min(other.chunk_rows for other in signatures))
-        self.layouts[signature.own()] = layout
-        return layout
-
-
-_agreements: weakref.WeakKeyDictionary[dist.ProcessGroup, _Agreement] = weakref.WeakKeyDictionary()
+# The groups whose ranks have made the same call once.
+_met: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
 def meet(signature: Signature, group: dist.ProcessGroup, device: torch.device) -> None:
-    """Compares the call with those of the other ranks, at the first call in this group.
+    """At the first call in this group, compares it with those of the other ranks.
+
+    Not at the first call of its kind: ranks might differ in whether it is.
 
     Raises:
         ValueError: on every rank, where the ranks' columns or calls do not fit together.
     """
-    if not _agreements.setdefault(group, _Agreement()).has_met:
-        compare(signature, group, device)
+    if group not in _met:
+        layout(signature, group, device, check=True)
 
 
-def compare(signature: Signature, group: dist.ProcessGroup, device: torch.device) -> Layout:
-    """Compares the call with those of the other ranks, who must do so at the same time; returns the layout.
+def layout(signature: Signature, group: dist.ProcessGroup, device: torch.device, *, check: bool) -> Layout:
+    """What the ranks hold, which they all tell each other now.
 
     Raises:
-        ValueError: on every rank, where the ranks' columns or calls do not fit together.
+        ValueError: on every rank, with `check`, where the ranks' columns or calls do not fit together.
     """
     signatures = signature.exchanged(group, device)
+    known_size = signature.known_vocab_size
+    if check:
+        _check_same(signatures)
+        check_partition([other.columns for other in signatures], known_size)
+        _met.add(group)
+    vocab_size = sum(other.columns.number for other in signatures) if known_size is None else known_size
+    return Layout(vocab_size, max(other.width for other in signatures))
+
+
+def _check_same(signatures: list[Signature]) -> None:
+    """Raises ValueError where a rank's call is another than that of rank 0."""
     names = Signature._fields[2:]
     for rank, other in enumerate(signatures):
         for name, expected, got in zip(names, signatures[0][2:], other[2:], strict=True):
@@ -116,25 +110,6 @@ def compare(signature: Signature, group: dist.ProcessGroup, device: torch.device
                     f"expected the same {_NAMES.get(name, name)} on every rank of the group, got "
                     f"{_shown(name, expected)} on rank 0 and {_shown(name, got)} on rank {rank}"
                 )
-    check_partition([other.columns for other in signatures], signatures[0].known_vocab_size)
-    agreement = _agreements.setdefault(group, _Agreement())
-    agreement.has_met = True
-    return agreement.remember(signature, signatures)
-
-
-def layout(signature: Signature, group: dist.ProcessGroup, device: torch.device, check: bool) -> Layout:
-    """What all ranks hold together; told once for each range of columns.
-
-    Raises:
-        ValueError: on every rank, with `check`, where the ranks' columns or calls do not fit together.
-    """
-    agreement = _agreements.setdefault(group, _Agreement())
-    known = agreement.layouts.get(signature.own())
-    if known is not None:
-        return known
-    if check:
-        return compare(signature, group, device)
-    return agreement.remember(signature, signature.exchanged(group, device))
 
 
 def check_partition(ranges: list[Columns], vocab_size: int | None) -> None:

@@ -98,8 +98,9 @@ def fused_linear_mixce_loss(
             float32, this includes the float32 copy of a tile of the weight.
         path: "chunks" or "tiles"; a sharded weight takes "chunks".
         group: the ranks that hold the weight; None: the weight is whole.
-        vocab_start, vocab_size, check_group: with `group`, as in `vocab_parallel_mixce_loss`. Chunks have as many rows
-            as fit the memory of every rank, which the ranks tell each other once.
+        vocab_start, vocab_size, check_group: with `group`, as in `vocab_parallel_mixce_loss`. With `vocab_size` chunks
+            are sized for an even split; without it the ranks tell each other the size of their shards at each call, for
+            which a GPU's host waits.
         backend: "cpu", "cuda", "triton" or "reference", whose kernels turn logits into losses and gradients; None picks
             the best that can serve, or `MIXCE_BACKEND` of the environment. Path "tiles" is Triton's alone.
 

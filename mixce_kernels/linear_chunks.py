@@ -6,7 +6,7 @@ and the BLAS makes the gradients of hidden states and weight from that: three pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -37,8 +37,8 @@ class Call(NamedTuple):
     max_chunk_bytes: int | None
     drop_ignored: bool
     backend: str  # its name or address
-    # The rows of a chunk that all ranks' memory allows, from those that this rank's does.
-    agreed_rows: Callable[[int], int] = lambda rows: rows
+    # What chunks are sized for, where ranks whose weights differ must have the same number of them; else the weight.
+    nominal_columns: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -46,15 +46,9 @@ class Call(NamedTuple):
         return accumulate_dtype(self.compute_dtype)
 
 
-def rows_per_chunk(
-    n_rows: int,
-    vocab_size: int,
-    bytes_per_logit: int,
-    max_bytes: int,
-    agreed_rows: Callable[[int], int] = lambda rows: rows,
-) -> int:
+def rows_per_chunk(n_rows: int, vocab_size: int, bytes_per_logit: int, max_bytes: int) -> int:
     """Rows of each chunk, the last one excepted: as few chunks as the bytes allow, of equal size; at least one row."""
-    most = agreed_rows(max(max_bytes // (bytes_per_logit * max(vocab_size, 1)), 1))
+    most = max(max_bytes // (bytes_per_logit * vocab_size), 1)
     n_chunks = max(-(-n_rows // most), 1)
     rows = -(-n_rows // n_chunks)
     # Products are faster with a multiple of 8.
@@ -148,8 +142,9 @@ class _Chunks:
         call = self.call
         n_rows = len(call.targets if self.kept is None else self.kept)
         vocab_size = call.weight.shape[0]
-        budget = self.budget - self.products.bytes_besides
-        size = rows_per_chunk(n_rows, vocab_size, self.products.bytes_per_logit, budget, call.agreed_rows)
+        nominal = max(vocab_size, 1) if call.nominal_columns is None else call.nominal_columns
+        budget = self.budget - self.products.bytes_besides(nominal)
+        size = rows_per_chunk(n_rows, nominal, self.products.bytes_per_logit, budget)
         buffer = padded_empty(min(size, n_rows), vocab_size, call.dtype, call.hidden.device)
         for begin in range(0, n_rows, size):
             rows: slice | Tensor = slice(begin, min(begin + size, n_rows))

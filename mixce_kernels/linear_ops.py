@@ -11,7 +11,6 @@ hidden states is added up over the ranks.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -51,27 +50,34 @@ class Inputs:
         self.backend_name, self.shard = Shard.of(self.backend)
         self.dtype = accumulate_dtype(self.compute_dtype)
 
-    def call(self, with_stats: bool = False) -> Call:
+    def call(self, nominal_columns: int | None = None) -> Call:
         """As the path "chunks" takes them."""
-        call = Call(
+        return Call(
             self.hidden, self.weight, self.bias, self.targets, self.options, self.compute_dtype, self.max_chunk_bytes,
-            self.drop_ignored, self.backend,
+            self.drop_ignored, self.backend, nominal_columns,
         )  # fmt: skip
-        return call if self.shard is None else call._replace(agreed_rows=partial(self._agreed_rows, with_stats))
 
-    def _agreed_rows(self, with_stats: bool, rows: int) -> int:
-        """The rows of a chunk in the memory of all ranks that share the vocabulary; checks targets on the CPU."""
-        assert self.shard is not None
-        tokens, hidden_size = self.hidden.shape
-        eta = self.eta_value if self.eta is None else self.eta
-        signature = self.shard.signature(
-            self.weight.shape[0], tokens, self.compute_dtype, eta, self.options, with_stats,
-            hidden_size=hidden_size, chunk_rows=rows,
-        )  # fmt: skip
-        layout = self.shard.layout(signature, self.hidden.device)
+    def forward_call(self, with_stats: bool) -> Call:
+        """The call of a forward, after its targets were checked where that is free, before anything is computed.
+
+        Ranks that share the vocabulary meet once a chunk: they size it for the most columns of a rank, which they tell
+        each other, or for an even split of a vocabulary whose size is known.
+
+        Raises:
+            IndexError: a target is out of range.
+            ValueError: on every rank, where the ranks' calls do not fit together.
+        """
+        vocab_size, nominal = self.weight.shape[0], None
+        if self.shard is not None:
+            tokens, hidden_size = self.hidden.shape
+            eta = self.eta_value if self.eta is None else self.eta
+            signature = self.shard.signature(
+                vocab_size, tokens, self.compute_dtype, eta, self.options, with_stats, hidden_size=hidden_size
+            )
+            vocab_size, nominal = self.shard.whole(signature, self.hidden.device)
         if self.backend_name == "cpu":
-            check_targets_in_range(self.targets, self.options.ignore_index, layout.vocab_size)
-        return layout.chunk_rows
+            check_targets_in_range(self.targets, self.options.ignore_index, vocab_size)
+        return self.call(nominal)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """As the path "tiles" takes them: of one type, the last dimension contiguous."""
@@ -90,11 +96,6 @@ class Inputs:
             for one, want in zip((self.hidden, self.weight, self.bias), wanted, strict=True)
         ]
 
-    def check_targets(self) -> None:
-        """Raises IndexError for a bad target on the CPU, before anything is computed."""
-        if self.backend == "cpu":
-            check_targets_in_range(self.targets, self.options.ignore_index, self.weight.shape[0])
-
     def sum_hidden_grad(self, grad_hidden: Tensor) -> None:
         """Adds up what each rank's columns contribute to the gradient of hidden states that all of them have."""
         if self.shard is not None and grad_hidden.numel() > 0:
@@ -106,13 +107,12 @@ class Inputs:
 
 def linear_forward(*args: Any) -> tuple[Tensor, ...]:
     inputs, (with_stats,) = Inputs(args), args[N_SHARED:]
-    inputs.check_targets()
     results = inputs.empty_results(with_stats)
     with without_autocast(inputs.hidden):
         if inputs.path == "tiles":
             triton_linear.forward(*inputs.operands(), inputs.eta, inputs.eta_value, inputs.options, results)
         else:
-            call = inputs.call(with_stats)
+            call = inputs.forward_call(with_stats)
             linear_chunks.forward(call, inputs.eta, inputs.eta_value, results, None, (None, None, None))
     return results
 
@@ -131,11 +131,10 @@ def linear_grad(*args: Any) -> tuple[Tensor, ...]:
 
 def linear_forward_with_grad(*args: Any) -> tuple[Tensor, ...]:
     inputs, (with_stats, token_scale, wanted) = Inputs(args), args[N_SHARED:]
-    inputs.check_targets()
+    call = inputs.forward_call(with_stats)
     results = inputs.empty_results(with_stats)
     grads = inputs.empty_grads(wanted)
     with without_autocast(inputs.hidden):
-        call = inputs.call(with_stats)
         linear_chunks.forward(call, inputs.eta, inputs.eta_value, results, token_scale, _wanted(grads, wanted))
         inputs.sum_hidden_grad(grads[0])
     loss, *others = results

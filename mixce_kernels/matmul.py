@@ -31,11 +31,13 @@ _MOST_ROWS = 1024
 class Products(Protocol):
     """The products with one weight and bias."""
 
-    # Memory that a chunk takes for each of its logits, and beside them.
+    # Memory that a chunk takes for each of its logits.
     bytes_per_logit: int
-    bytes_besides: int
     # Whether the gradient of the logits is rounded to float16, which holds only what is near 1.
     wants_units: bool
+
+    def bytes_besides(self, vocab_size: int) -> int:
+        """Memory that a chunk takes beside its logits, with a weight of so many rows."""
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         """Writes hidden [R, D] @ weight.T + bias to out [R, V]."""
@@ -69,17 +71,22 @@ class TiledProducts:
         self.compute_dtype = compute_dtype
         self.dtype = accumulate_dtype(compute_dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
-        vocab_size, hidden_size = weight.shape
-        converted = weight.dtype != self.dtype or weight.dtype != compute_dtype
+        self.converted = weight.dtype != self.dtype or weight.dtype != compute_dtype
         self.on_cpu = weight.device.type == "cpu"
-        # A GPU's BLAS chooses its own tiles.
-        self.tile = max(min(_TILE, vocab_size) if converted or self.on_cpu else vocab_size, 1)
-        row_bytes = hidden_size * (self.dtype.itemsize + compute_dtype.itemsize)
-        if converted:
-            self.tile = max(min(self.tile, max_bytes // row_bytes), 1)
+        self.row_bytes = weight.shape[1] * (self.dtype.itemsize + compute_dtype.itemsize)
+        self.most_converted = max_bytes // self.row_bytes
+        self.tile = self._tile_of(weight.shape[0])
         self.bytes_per_logit = self.dtype.itemsize
         self.wants_units = False
-        self.bytes_besides = converted * self.tile * row_bytes
+
+    def bytes_besides(self, vocab_size: int) -> int:
+        return self._tile_of(vocab_size) * self.row_bytes if self.converted else 0
+
+    def _tile_of(self, vocab_size: int) -> int:
+        """Rows of a tile of a weight [vocab_size, D]."""
+        # A GPU's BLAS chooses its own tiles.
+        tile = min(_TILE, vocab_size) if self.converted or self.on_cpu else vocab_size
+        return max(min(tile, self.most_converted) if self.converted else tile, 1)
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         hidden = self._operand(hidden)
@@ -160,8 +167,10 @@ class MixedProducts:
         self.weight = weight.to(compute_dtype)
         self.bias = None if bias is None else bias.float()
         self.bytes_per_logit = 4 + compute_dtype.itemsize
-        self.bytes_besides = 0
         self.wants_units = compute_dtype == torch.float16
+
+    def bytes_besides(self, vocab_size: int) -> int:
+        return 0
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
         torch.ops.aten.mm.dtype_out(hidden.to(self.weight.dtype), self.weight.t(), torch.float32, out=out)

@@ -48,9 +48,9 @@ def vocab_parallel_mixce_loss(
     """`fused_mixce_loss` of logits [..., V] of which each rank of a group holds some columns.
 
     Every rank calls it with its columns and with the same targets and options, and gets the same loss and statistics;
-    its gradient is that of its own columns. The ranks meet in one all-gather a forward, of 12 bytes a token and rank,
-    or 16 with label smoothing or with statistics and 20 with both (twice as many for float64), and 12 bytes a call. A
-    backward communicates nothing, and beside the gradient no memory of the logits' size is taken.
+    its gradient is that of its own columns. The ranks meet in one all-gather a forward, to which each sends 12 bytes a
+    token, 4 more with label smoothing and 4 with statistics (8 with a softcap), and 12 bytes a call; twice as many for
+    float64 logits. A backward communicates nothing, and beside the gradient no memory of the logits' size is taken.
 
     Source: Zhang et al., "MixCE", ACL 2023 (arXiv 2305.16958); the merging of partial sums is that of the online
     softmax (Milakov and Gimelshein, arXiv 1805.02867).
@@ -69,7 +69,8 @@ def vocab_parallel_mixce_loss(
             later calls tell it by their one collective, with the backend "cpu" at once. With other backends the loss
             of a target that is held by no rank or by several is then NaN.
         ignore_index, reduction, token_weights, num_items_in_batch, label_smoothing, z_loss, softcap, logit_scale,
-            inplace_backward, return_stats: as in `fused_mixce_loss`.
+            inplace_backward, return_stats: as in `fused_mixce_loss`. Statistics with a softcap read the logits once
+            more.
         grad_in_forward: the gradient is computed in the forward, once the ranks have met, by a second read of the
             logits.
         validate: check the values of targets and of a tensor eta, synchronising with a GPU. With the backends "cpu"

@@ -5,8 +5,8 @@
                      -> m, s of the whole row, loss, a, c, t      `token_terms`, the same on every rank
     a rank's columns -> their gradient                   the other backend's logits_grad
 
-A rank sends 3 numbers a token, 4 with label smoothing or statistics, 5 with both; and 3 integers a call, which tell the
-ranks that they are making the same call.
+A rank sends 3 numbers a token, one more with label smoothing, and one with statistics (two with a softcap); and 3
+integers a call, which tell the ranks that they are making the same call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixce_kernels import agreement
-from mixce_kernels.agreement import Columns, Layout, Signature
+from mixce_kernels.agreement import Columns, Signature
 from mixce_kernels.backends.results import empty_results
 from mixce_kernels.collectives import all_gather, group_of
 from mixce_kernels.options import (
@@ -89,12 +89,11 @@ class Shard(NamedTuple):
         with_stats: bool,
         *,
         hidden_size: int = 0,
-        chunk_rows: int = 0,
     ) -> Signature:
         """The call on this shard, for comparison with the other ranks'."""
         return Signature(
             self.columns(width),
-            chunk_rows,
+            width,
             tokens,
             -1 if self.vocab_size is None else self.vocab_size,
             LOGITS_DTYPES.index(dtype),
@@ -110,15 +109,25 @@ class Shard(NamedTuple):
             hidden_size,
         )
 
-    def layout(self, signature: Signature, device: torch.device) -> Layout:
-        """What the ranks hold together, which they tell each other once."""
-        return agreement.layout(signature, self.group, device, self.check_group)
+    def whole(self, signature: Signature, device: torch.device) -> tuple[int, int]:
+        """The size of the vocabulary, and of the widest shard: nominally, if the size is known without asking.
+
+        Raises:
+            ValueError: on every rank, where the ranks' calls do not fit together.
+        """
+        if self.vocab_size is None:
+            layout = agreement.layout(signature, self.group, device, check=self.check_group)
+            return layout.vocab_size, max(layout.most_columns, 1)
+        if self.check_group:
+            agreement.meet(signature, self.group, device)
+        return self.vocab_size, -(-self.vocab_size // self.group.size())
 
     def check_values(
         self, signature: Signature, targets: Tensor, eta: float | Tensor, ignore_index: int, device: torch.device
     ) -> None:
         """Reads targets and eta: see `options.check_values`; the ranks tell each other what they hold."""
-        check_values(targets, eta, ignore_index, self.layout(signature, device).vocab_size)
+        layout = agreement.layout(signature, self.group, device, check=self.check_group)
+        check_values(targets, eta, ignore_index, layout.vocab_size)
 
 
 class ShardBackend:
@@ -223,17 +232,18 @@ class _Rows(NamedTuple):
 def _part_of(
     backend: Backend, logits: Tensor, targets: Tensor, options: TokenOptions, columns: Columns, with_stats: bool
 ) -> Tensor:
-    """A rank's numbers of each token, [3 to 5, ...].
+    """A rank's numbers of each token, [3 to 6, ...].
 
-    m, the largest logit; s = log sum exp(z - m); z_y - m, infinite where the rank does not hold the target; the mean of
-    z - m with label smoothing; the entropy with statistics, whose sign is minus where the target is not the first of
-    the rank's largest logits.
+    m, the largest logit; s = log sum exp(z - m); z_y - m, infinite where the rank does not hold the target; with label
+    smoothing the mean of z - m; with statistics the entropy, whose sign is minus where the target is not the first of
+    the rank's largest logits, and with a softcap, which may make different logits equal, the largest before it.
     """
     dtype = accumulate_dtype(logits.dtype)
     smooth = options.label_smoothing > 0
-    part = logits.new_empty((3 + smooth + with_stats, *targets.shape), dtype=dtype)
+    raw = with_stats and options.softcap is not None
+    part = logits.new_empty((3 + smooth + with_stats + raw, *targets.shape), dtype=dtype)
     if columns.number == 0:
-        nothing = (-torch.inf, -torch.inf, torch.inf, *(0.0,) * (smooth + with_stats))
+        nothing = (-torch.inf, -torch.inf, torch.inf, *(0.0,) * (smooth + with_stats), *(-torch.inf,) * raw)
         for out, value in zip(part, nothing, strict=True):
             out.fill_(value)
         return part
@@ -253,12 +263,14 @@ def _part_of(
     if smooth:
         part[3] = torch.where(masked, 0.0, s - loss)
     if with_stats:
-        part[-1] = torch.copysign(stats[4], torch.where(correct, 1.0, -1.0))
+        part[3 + smooth] = torch.copysign(stats[4], torch.where(correct, 1.0, -1.0))
+    if raw:
+        part[-1] = _narrowed(logits, columns.number).amax(-1)
     return part
 
 
 def _merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: bool) -> _Rows:
-    """The rows of all ranks' numbers [k, 3 to 5, ...], whose columns start at ranges[:, 0] and number ranges[:, 1]."""
+    """The rows of all ranks' numbers [k, 3 to 6, ...], whose columns start at ranges[:, 0] and number ranges[:, 1]."""
     scale = options.logit_scale if options.softcap is None else 1.0
     starts, counts = (one.double().reshape(-1, *(1,) * (parts.dim() - 2)) for one in ranges.unbind(1))
     m_of, s_of, d_of, *others = parts.double().unbind(1)
@@ -275,12 +287,14 @@ def _merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: bo
     if with_stats:
         log_shares = log_sums - s
         shares = log_shares.exp()
-        entropy = torch.where(shares == 0, 0.0, shares * (others[-1].abs() - log_shares)).sum(0)
+        entropies = others[1 if options.label_smoothing > 0 else 0]
+        entropy = torch.where(shares == 0, 0.0, shares * (entropies.abs() - log_shares)).sum(0)
         # A rank's largest logit beats the target's where it is larger, or as large and comes before it.
-        largest = torch.where(held, m_of, -torch.inf).amax(0)
+        largest_of = m_of if options.softcap is None else others[-1]
+        largest = torch.where(held, largest_of, -torch.inf).amax(0)
         start = torch.where(held, starts, 0.0).sum(0)
-        beaten = (m_of > largest) | ((m_of == largest) & (starts < start) & (counts > 0))
-        correct = (held & ~others[-1].signbit()).any(0) & ~beaten.any(0)
+        beaten = (largest_of > largest) | ((largest_of == largest) & (starts < start) & (counts > 0))
+        correct = (held & ~entropies.signbit()).any(0) & ~beaten.any(0)
     return _Rows(m, scale * m, s, d_target, mean_shifted, entropy, correct, held.sum(0))
 
 
@@ -321,7 +335,7 @@ def _check_headers(headers: Tensor, signature: Signature, group: dist.ProcessGro
     digests, starts, numbers = headers.t().tolist()
     if len(set(digests)) > 1:
         # All ranks know it, and meet once more to tell what differs.
-        agreement.compare(signature, group, headers.device)
+        agreement.layout(signature, group, headers.device, check=True)
     agreement.check_partition(list(map(Columns, starts, numbers)), signature.known_vocab_size)
 
 
