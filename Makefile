@@ -1,5 +1,5 @@
-# `make benchmark`, `make benchmark-linear`, `make test` and `make lint` do all their set-up, in the virtual environment
-# .venv.
+# `make benchmark`, `make benchmark-linear`, `make benchmark-parallel`, `make test` and `make lint` do all their set-up,
+# in the virtual environment .venv.
 # They take the newest torch; for another: make test TORCH=torch==2.13.0 TRITON=triton==3.7.1 (first `make clean`).
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ TRITON ?= $(if $(filter Linux,$(shell uname)),triton)
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: benchmark benchmark-linear test lint clean
+.PHONY: benchmark benchmark-linear benchmark-parallel test lint clean
 
 # For example: make benchmark ARGS=--full
 benchmark: $(VENV)/installed
@@ -17,6 +17,9 @@ benchmark: $(VENV)/installed
 
 benchmark-linear: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_linear.py $(ARGS)
+
+benchmark-parallel: $(VENV)/installed
+	$(BIN)/python benchmarks/bench_parallel.py $(ARGS)
 
 # Passive waiting, because the workers share the cores: threads that spin would take them from one another.
 test: $(VENV)/installed

@@ -17,27 +17,37 @@ from mixce_kernels import mixce_loss_reference
 # The logits repeat after this many rows: the oracle computes these alone, and the check is of the shape that is timed.
 PERIOD = 32
 
+# (logits [N, V], targets [N], eta) -> losses and weights [N]
+LossesOf = Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]
 
-class Inputs:
+
+class FewRows:
+    """The rows that repeat, of which the oracle computes the results, and how they make up all of them."""
+
+    def __init__(self, dtype: torch.dtype, rows: int, vocab: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.period = min(PERIOD, rows)
+        few = torch.randn(self.period, vocab, generator=generator) * 2
+        self.few_targets = torch.randint(vocab, (self.period,), generator=generator)
+        # Random logits never reach a confident token: every second row is one, and every fourth is all but certain.
+        for rows_of, more in ((slice(0, None, 4), 15.0), (slice(2, None, 4), 25.0)):
+            few[rows_of].scatter_add_(1, self.few_targets[rows_of, None], torch.full((len(few[rows_of]), 1), more))
+        self.index = torch.arange(rows) % self.period
+        self.few = few.to(dtype)
+        self.few_masked = self.few_targets.clone()
+        self.few_masked[1 :: max(self.period // 4, 4)] = IGNORE_INDEX
+
+
+class Inputs(FewRows):
     """Logits and targets of one shape, their untouched copy, and what the oracle says of them."""
 
     def __init__(self, dtype: torch.dtype, rows: int, vocab: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
+        super().__init__(dtype, rows, vocab)
         self.device = device
-        self.period = min(PERIOD, rows)
-        few = torch.randn(self.period, vocab, generator=generator) * 2
-        few_targets = torch.randint(vocab, (self.period,), generator=generator)
-        # Random logits never reach a confident token: every second row is one, and every fourth is all but certain.
-        for rows_of, more in ((slice(0, None, 4), 15.0), (slice(2, None, 4), 25.0)):
-            few[rows_of].scatter_add_(1, few_targets[rows_of, None], torch.full((len(few[rows_of]), 1), more))
-        self.index = torch.arange(rows) % self.period
-        self.few = few.to(dtype)
         # Repeated where they will lie: a GPU has more memory and more speed for it.
         index = self.index.to(device)
         self.pristine = self.few.to(device)[index]  # [N, V]
-        self.targets = few_targets.to(device)[index]  # [N]
-        self.few_masked = few_targets.clone()
-        self.few_masked[1 :: max(self.period // 4, 4)] = IGNORE_INDEX
+        self.targets = self.few_targets.to(device)[index]  # [N]
         self.masked_targets = self.few_masked.to(device)[index]  # [N], some ignored: for the check alone
         self.logits = self.pristine.clone().requires_grad_()  # [N, V]
         self.scratch = torch.empty_like(self.pristine)  # [N, V]
@@ -68,13 +78,17 @@ class Expected:
     the losses may be as far off as a token's loss is, whatever cancels in the plain formula's.
     """
 
-    def __init__(self, inputs: Inputs, eta: float) -> None:
+    def __init__(
+        self, inputs: FewRows, eta: float, oracle: LossesOf | None = None, plain: LossesOf | None = None
+    ) -> None:
         self._ends = torch.cat([inputs.index[: inputs.period], inputs.index[-inputs.period :]])
         valid = inputs.few_masked != IGNORE_INDEX
         times = torch.bincount(inputs.index, minlength=inputs.period).double()  # [period]
         share = torch.where(valid, 1.0, 0.0) / (times * valid).sum()  # [period]
-        self.loss, losses, self.grad, weight = _loss_and_grad(oracle_losses, inputs, eta, share, torch.float64)
-        loss, rounded_losses, grad, _ = _loss_and_grad(plain_losses, inputs, eta, share, torch.float32)
+        self.loss, losses, self.grad, weight = _loss_and_grad(
+            oracle or oracle_losses, inputs, eta, share, torch.float64
+        )
+        loss, rounded_losses, grad, _ = _loss_and_grad(plain or plain_losses, inputs, eta, share, torch.float32)
         slack = 2 * torch.finfo(torch.float32).eps * weight
         token_error = float((rounded_losses.double() - losses)[valid].abs().max())
         self._loss_allowed = 2 * max(abs(loss - self.loss), token_error) + slack
@@ -96,8 +110,8 @@ class Expected:
 
 
 def _loss_and_grad(
-    losses_of: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]],
-    inputs: Inputs,
+    losses_of: LossesOf,
+    inputs: FewRows,
     eta: float,
     share: Tensor,  # [period], a token's part of the mean, 0 where ignored
     dtype: torch.dtype,
