@@ -1,0 +1,330 @@
+"""docs/data_parallel.md: its code, run by two and three ranks, has the gradients of one process with all tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import Tensor, nn
+
+from mixce_kernels import fused_linear_mixce_loss, fused_mixce_loss, mixce_loss_reference
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+if not hasattr(fsdp, "register_fsdp_forward_method"):
+    pytest.skip("needs FSDP2", allow_module_level=True)
+
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "data_parallel.md"
+VOCAB_SIZE = 19
+WIDTH = 8
+ETA = 0.3
+# The gradients of one process, in float64, by the plain formula: sums of some hundred terms in another order.
+TOLERANCE = 1e-13
+Results = tuple[int, list[dict[str, Any]]]
+
+
+def document() -> dict[str, Any]:
+    """What the document's code defines."""
+    namespace: dict[str, Any] = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", DOCUMENT.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+        exec(compile(code, DOCUMENT.name, "exec"), namespace)
+    return namespace
+
+
+class Model(nn.Module):
+    """Logits [B, T, V] of tokens [B, T], each position by itself."""
+
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Embedding(VOCAB_SIZE, WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+        self.lm_head = nn.Linear(WIDTH, VOCAB_SIZE, bias=bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.lm_head(self.backbone(tokens))
+
+
+def new_model(bias: bool = False) -> Model:
+    torch.manual_seed(1)
+    return Model(bias).double()
+
+
+class Batch:
+    """Sequences [B, T + 1], inputs, targets and weights [B, T]: of all ranks and, row by row, of each."""
+
+    def __init__(self, ranks: int, ignored: str = "some") -> None:
+        torch.manual_seed(2)
+        # 2, 4 and 6 rows, in two micro-batches.
+        self.rows = [range(rank * (rank + 1), (rank + 1) * (rank + 2)) for rank in range(ranks)]
+        self.sequences = torch.randint(VOCAB_SIZE, (self.rows[-1].stop, 8))
+        self.inputs = self.sequences[:, :-1]
+        self.targets = self.sequences[:, 1:].clone()
+        if ignored != "none":
+            self.targets[0, 1:] = self.targets[1, ::2] = self.targets[-1, :2] = -100
+        if ignored == "a rank":
+            self.targets[self.rows[1]] = -100
+        elif ignored == "all":
+            self.targets[:] = -100
+        self.weights = torch.rand(self.targets.shape, dtype=torch.float64)
+
+    def of(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.inputs[self.rows[rank]], self.targets[self.rows[rank]], self.weights[self.rows[rank]]
+
+
+def result_of(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
+    """The loss and the whole gradients, by names that all engines share."""
+    named = {"loss": loss.detach()}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        named[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return named
+
+
+def expected_of(batch: Batch, weights: Tensor | None = None, bias: bool = False) -> dict[str, Tensor]:
+    """One process, all tokens, the plain formula."""
+    model = new_model(bias)
+    loss = mixce_loss_reference(model(batch.inputs), batch.targets, ETA, token_weights=weights)
+    loss.backward()
+    return result_of(loss, model)
+
+
+def in_ddp(model: nn.Module) -> nn.Module:
+    return nn.parallel.DistributedDataParallel(model)
+
+
+def in_fsdp(model: nn.Module, **options: Any) -> nn.Module:
+    fsdp.fully_shard(model.backbone[1], **options)
+    return fsdp.fully_shard(model, **options)
+
+
+def in_fsdp_resharded(model: nn.Module) -> nn.Module:
+    return in_fsdp(model, reshard_after_forward=True)
+
+
+ENGINES: dict[str, Callable[..., nn.Module]] = {"ddp": in_ddp, "fsdp": in_fsdp}
+
+
+def inplace_loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, eta: float, divisor: Tensor) -> Tensor:
+    return fused_mixce_loss(model(tokens), targets, eta, num_items_in_batch=divisor, inplace_backward=True)
+
+
+def loss_with_grad_of(model: nn.Module, tokens: Tensor, targets: Tensor, eta: float, divisor: Tensor) -> Tensor:
+    return fused_mixce_loss(
+        model(tokens), targets, eta, num_items_in_batch=divisor, inplace_backward=True, grad_in_forward=True
+    )
+
+
+def naive_loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, eta: float, divisor: Tensor) -> Tensor:
+    return fused_mixce_loss(model(tokens), targets, eta)
+
+
+def results_of_all_cases() -> dict[str, Any]:
+    """Every case on this rank, by name."""
+    code = document()
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    some, a_rank, every = (Batch(ranks, ignored) for ignored in ("some", "a rank", "all"))
+    plain = code["loss_of"]
+    results: dict[str, Any] = {}
+
+    def run(case: str, model: nn.Module, function: str, *args: Any, loss_of: Any = plain) -> None:
+        code["loss_of"] = loss_of
+        loss = code[function](model, *args)
+        code["loss_of"] = plain
+        results[case] = result_of(code["mean_of_all"](loss), model)
+
+    for engine, wrap in ENGINES.items():
+        for name, loss_of in {"": plain, "linear ": code["linear_loss_of"]}.items():
+
+            def model(wrap: Any = wrap, linear: bool = name != "") -> nn.Module:
+                whole = new_model()
+                return wrap(code["WithLoss"](whole.backbone, whole.lm_head) if linear else whole)
+
+            for ignored, batch in {"some": some, "a rank": a_rank, "all": every}.items():
+                tokens, targets, _ = batch.of(rank)
+                run(f"{engine} {name}{ignored}", model(), "backward", tokens, targets, ETA, loss_of=loss_of)
+                run(
+                    f"{engine} {name}micro-batches {ignored}", model(), "backward_of_micro_batches",
+                    tokens.tensor_split(2), targets.tensor_split(2), ETA, loss_of=loss_of,
+                )  # fmt: skip
+            part = code["part_of"](some.sequences, rank, ranks)
+            run(f"{engine} {name}sequence", model(), "backward", *part, ETA, loss_of=loss_of)
+        tokens, targets, weights = some.of(rank)
+        run(f"{engine} weights", wrap(new_model()), "weighted_backward", tokens, targets, ETA, weights)
+        run(f"{engine} naive", wrap(new_model()), "backward", tokens, targets, ETA, loss_of=naive_loss_of)
+
+    tokens, targets, _ = some.of(rank)
+    # The head's bias makes the logits a view, and FSDP2 warns of in-place operations on views.
+    for engine, wrap in {"ddp": in_ddp, "fsdp": in_fsdp_resharded}.items():
+        for name, loss_of in {"inplace": inplace_loss_of, "grad in forward": loss_with_grad_of}.items():
+            run(f"{engine} {name}", wrap(new_model(bias=True)), "backward", tokens, targets, ETA, loss_of=loss_of)
+    code["meets"] = lambda model, last: nullcontext()
+    for engine, wrap in ENGINES.items():
+        parts = tokens.tensor_split(2), targets.tensor_split(2)
+        run(f"{engine} each micro-batch", wrap(new_model()), "backward_of_micro_batches", *parts, ETA)
+
+    model = new_model()
+    loss = code["backward_by_hand"](model, tokens, targets, ETA)
+    results["by hand"] = result_of(code["mean_of_all"](loss) * ranks, model)
+    model = in_fsdp(new_model())
+    for module in model.modules():
+        if isinstance(module, fsdp.FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+    loss = plain(model, tokens, targets, ETA, code["count_of"](targets))
+    loss.backward()
+    results["fsdp that adds up"] = result_of(code["mean_of_all"](loss.detach()) * ranks, model)
+
+    # What would come of splitting sequences first: no target at the borders.
+    first = some.sequences.tensor_split(ranks, dim=1)[rank]
+    run("split first", in_ddp(new_model()), "backward", first[:, :-1], first[:, 1:], ETA)
+    results |= statements_of_the_document(code, tokens, targets)
+    return results
+
+
+def statements_of_the_document(code: dict[str, Any], tokens: Tensor, targets: Tensor) -> dict[str, Any]:
+    """What is said of heads and of divisors: gradients, or the type of the error, by name."""
+    divisor = code["count_of"](targets) / dist.get_world_size()
+
+    def outside(model: nn.Module, whole: nn.Module) -> Tensor:
+        hidden = model(tokens)
+        return fused_linear_mixce_loss(hidden, whole.lm_head.weight, targets, ETA, num_items_in_batch=divisor)
+
+    class HiddenStates(Model):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.backbone(tokens)
+
+        def loss(self, tokens: Tensor) -> Tensor:
+            return outside(self.backbone, self)
+
+    def hidden_states() -> HiddenStates:
+        model = HiddenStates().double()
+        model.load_state_dict(new_model().state_dict())
+        return model
+
+    def sharded_head() -> Tensor:
+        whole = new_model()
+        fsdp.fully_shard(whole.lm_head)
+        return in_fsdp(code["WithLoss"](whole.backbone, whole.lm_head))(tokens, targets, ETA, divisor)
+
+    def fsdp_outside(**options: Any) -> Tensor:
+        model = in_fsdp(hidden_states(), **options)
+        return outside(model, model)
+
+    def ddp_outside(find_unused_parameters: bool) -> Tensor:
+        whole = hidden_states()
+        model = nn.parallel.DistributedDataParallel(whole, find_unused_parameters=find_unused_parameters)
+        loss = outside(model, whole)
+        loss.backward()
+        return loss
+
+    found: dict[str, Any] = {}
+    for name, attempt in {
+        "sharded head": sharded_head,
+        "outside": fsdp_outside,
+        "outside resharded": lambda: fsdp_outside(reshard_after_forward=True),
+        "outside ddp": lambda: ddp_outside(False),
+        "outside ddp, unused": lambda: ddp_outside(True),
+    }.items():
+        try:
+            attempt()
+            found[name] = None
+        except Exception as error:
+            found[name] = type(error)
+
+    model = in_fsdp(hidden_states())
+    fsdp.register_fsdp_forward_method(model, "loss")
+    loss = model.loss(tokens)
+    loss.backward()
+    found["method"] = result_of(code["mean_of_all"](loss.detach()), model)
+
+    class Echo(nn.Linear):
+        def forward(self, divisor: Tensor) -> Tensor:
+            return divisor
+
+    for casts in (True, False):
+        policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=casts)
+        echo = fsdp.fully_shard(Echo(2, 2), mp_policy=policy)
+        found[f"divisor, cast {casts}"] = echo(torch.tensor(257.0, dtype=torch.float64)).item()
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids=["2 ranks", "3 ranks"])
+def results(request: pytest.FixtureRequest) -> Results:
+    """The number of ranks, and what each of them found."""
+    return request.param, run_ranks(results_of_all_cases, request.param, timeout=180)
+
+
+# On one worker, so that the ranks start once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("data_parallel")]
+
+
+def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert got.keys() == expected.keys()
+    for name, value in got.items():
+        largest = expected[name].abs().max().item()
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=TOLERANCE * largest, msg=name)
+
+
+@pytest.mark.parametrize("kind", ["some", "a rank", "all", "micro-batches some", "micro-batches a rank",
+                                  "micro-batches all", "sequence"])  # fmt: skip
+@pytest.mark.parametrize("loss", ["", "linear "], ids=["logits", "linear"])
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_one_mean_over_the_tokens_of_all_ranks(engine: str, loss: str, kind: str, results: Results) -> None:
+    ranks, of_ranks = results
+    expected = expected_of(Batch(ranks, "none" if kind == "sequence" else kind.removeprefix("micro-batches ")))
+    for got in of_ranks:
+        assert_same(got[f"{engine} {loss}{kind}"], expected)
+
+
+@pytest.mark.parametrize("kind", ["ddp each micro-batch", "fsdp each micro-batch", "by hand", "fsdp that adds up"])
+def test_other_ways_to_the_same(kind: str, results: Results) -> None:
+    ranks, of_ranks = results
+    expected = expected_of(Batch(ranks))
+    for got in of_ranks:
+        assert_same(got[kind], expected)
+
+
+@pytest.mark.parametrize("option", ["inplace", "grad in forward"])
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_logits_that_are_overwritten(engine: str, option: str, results: Results) -> None:
+    ranks, of_ranks = results
+    expected = expected_of(Batch(ranks), bias=True)
+    for got in of_ranks:
+        assert_same(got[f"{engine} {option}"], expected)
+
+
+@pytest.mark.parametrize("engine", list(ENGINES))
+def test_token_weights(engine: str, results: Results) -> None:
+    ranks, of_ranks = results
+    batch = Batch(ranks)
+    for got in of_ranks:
+        assert_same(got[f"{engine} weights"], expected_of(batch, batch.weights))
+
+
+@pytest.mark.parametrize("kind", ["ddp naive", "fsdp naive", "split first"])
+def test_what_is_warned_of_gives_something_else(kind: str, results: Results) -> None:
+    """Means of ranks, and sequences that are split before their targets are shifted."""
+    ranks, of_ranks = results
+    expected = expected_of(Batch(ranks, "none" if kind == "split first" else "some"))
+    for got in of_ranks:
+        for name, value in got[kind].items():
+            assert (value - expected[name]).abs().max() > 1e8 * TOLERANCE * expected[name].abs().max(), name
+
+
+def test_statements_about_the_head_and_the_divisor(results: Results) -> None:
+    ranks, of_ranks = results
+    expected = expected_of(Batch(ranks))
+    for got in of_ranks:
+        assert got["sharded head"] is TypeError
+        assert got["outside"] is None
+        assert got["outside resharded"] is TypeError
+        assert got["outside ddp"] is None
+        assert got["outside ddp, unused"] is RuntimeError
+        assert_same(got["method"], expected)
+        assert got["divisor, cast True"] == 256
+        assert got["divisor, cast False"] == 257
