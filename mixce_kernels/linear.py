@@ -99,8 +99,8 @@ def fused_linear_mixce_loss(
         path: "chunks" or "tiles"; a sharded weight takes "chunks".
         group: the ranks that hold the weight; None: the weight is whole.
         vocab_start, vocab_size, check_group: with `group`, as in `vocab_parallel_mixce_loss`. With `vocab_size` chunks
-            are sized for an even split; without it the ranks tell each other the size of their shards at each call, for
-            which a GPU's host waits.
+            are sized for an even split; without it the ranks tell each other the size of their shards at each call, and
+            once more where backward computes logits, for which a GPU's host waits.
         backend: "cpu", "cuda", "triton" or "reference", whose kernels turn logits into losses and gradients; None picks
             the best that can serve, or `MIXCE_BACKEND` of the environment. Path "tiles" is Triton's alone.
 

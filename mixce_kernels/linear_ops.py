@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixce_kernels import linear_chunks
+from mixce_kernels.agreement import Signature
 from mixce_kernels.autocast import without_autocast
 from mixce_kernels.backends import triton_linear
 from mixce_kernels.backends.results import empty_results
@@ -69,15 +70,28 @@ class Inputs:
         """
         vocab_size, nominal = self.weight.shape[0], None
         if self.shard is not None:
-            tokens, hidden_size = self.hidden.shape
-            eta = self.eta_value if self.eta is None else self.eta
-            signature = self.shard.signature(
-                vocab_size, tokens, self.compute_dtype, eta, self.options, with_stats, hidden_size=hidden_size
-            )
-            vocab_size, nominal = self.shard.whole(signature, self.hidden.device)
+            vocab_size, nominal = self.shard.whole(self._signature(self.shard, with_stats), self.hidden.device)
         if self.backend_name == "cpu":
             check_targets_in_range(self.targets, self.options.ignore_index, vocab_size)
         return self.call(nominal)
+
+    def backward_call(self) -> Call:
+        """The call of a backward, in the chunks of the forward: a BLAS rounds the logits of other chunks otherwise.
+
+        Probabilities are of these logits and the forward's sums, and a logit of 60 may differ by 8e-6.
+        """
+        if self.shard is None:
+            return self.call()
+        # Whether the calls fit together is known by now.
+        shard = self.shard._replace(check_group=False)
+        return self.call(shard.whole(self._signature(shard, False), self.hidden.device)[1])
+
+    def _signature(self, shard: Shard, with_stats: bool) -> Signature:
+        tokens, hidden_size = self.hidden.shape
+        eta = self.eta_value if self.eta is None else self.eta
+        return shard.signature(
+            self.weight.shape[0], tokens, self.compute_dtype, eta, self.options, with_stats, hidden_size=hidden_size
+        )
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """As the path "tiles" takes them: of one type, the last dimension contiguous."""
@@ -124,7 +138,7 @@ def linear_grad(*args: Any) -> tuple[Tensor, ...]:
         if inputs.path == "tiles":
             triton_linear.grad(*inputs.operands(), state, grad_loss, inputs.options, *_wanted(grads, wanted))
         else:
-            linear_chunks.grad(inputs.call(), state, grad_loss, _wanted(grads, wanted))
+            linear_chunks.grad(inputs.backward_call(), state, grad_loss, _wanted(grads, wanted))
             inputs.sum_hidden_grad(grads[0])
     return tuple(grads)
 
