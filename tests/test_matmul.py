@@ -74,7 +74,7 @@ def test_rows_begin_at_boundaries() -> None:
 def test_who_multiplies() -> None:
     weight = torch.empty(4, 4, dtype=torch.bfloat16)
     assert isinstance(matmul.products(weight, None, torch.bfloat16, 1000), matmul.TiledProducts)
-    assert matmul.products(weight.float(), None, torch.float32, 1000).bytes_besides == 0
+    assert matmul.products(weight.float(), None, torch.float32, 1000).bytes_besides(4) == 0
 
 
 def test_tiles_of_a_weight_that_is_converted_fit_their_memory() -> None:
@@ -84,5 +84,5 @@ def test_tiles_of_a_weight_that_is_converted_fit_their_memory() -> None:
         chosen = matmul.products(weight, None, torch.bfloat16, max_bytes)
         assert isinstance(chosen, matmul.TiledProducts)
         assert 1 <= chosen.tile <= 2048
-        assert chosen.bytes_besides == 6 * 4096 * chosen.tile
-        assert chosen.bytes_besides <= max(max_bytes, 6 * 4096)
+        assert chosen.bytes_besides(len(weight)) == 6 * 4096 * chosen.tile
+        assert chosen.bytes_besides(len(weight)) <= max(max_bytes, 6 * 4096)

@@ -19,13 +19,12 @@ from torch import Tensor
 
 from mixce_kernels import agreement
 from mixce_kernels.agreement import Columns, Signature
-from mixce_kernels.backends.results import empty_results
+from mixce_kernels.backends.shard_rows import IGNORED, Rows, local_targets, merged, narrowed, part_of
 from mixce_kernels.collectives import all_gather, group_of
 from mixce_kernels.options import (
     LOGITS_DTYPES,
     REDUCTIONS,
     TokenOptions,
-    accumulate_dtype,
     check_values,
     raise_bad_target,
 )
@@ -34,9 +33,6 @@ from mixce_kernels.token_terms import TokenTerms, token_terms
 if TYPE_CHECKING:
     from mixce_kernels.backends import Backend
 
-# What the kernels are told instead of a target: that its row is ignored, or that it is none of the shard's columns.
-_IGNORED = -100
-_ELSEWHERE = -1
 _HEADER = 3  # digest of the call, first column, number of columns
 
 
@@ -63,10 +59,14 @@ class Shard(NamedTuple):
 
     def address(self, backend: str) -> str:
         """The name by which operators know a backend that works on this shard."""
-        vocab_size = -1 if self.vocab_size is None else self.vocab_size
-        numbers = (self.vocab_start, vocab_size, int(self.check_group), REDUCTIONS.index(self.reduction))
-        fields = ",".join(map(str, (*numbers, int(self.token_weights))))
-        return f"{backend}@{fields},{self.group_name}"
+        # Where a compiler traces an int as a symbol, the stop of a range is the number.
+        start, vocab_size = (range(number).stop for number in (self.vocab_start, self._vocab_size))
+        check, reduction, weights = int(self.check_group), REDUCTIONS.index(self.reduction), int(self.token_weights)
+        return f"{backend}@{start},{vocab_size},{check},{reduction},{weights},{self.group_name}"
+
+    @property
+    def _vocab_size(self) -> int:
+        return -1 if self.vocab_size is None else self.vocab_size
 
     @classmethod
     def of(cls, address: str) -> tuple[str, Shard | None]:
@@ -95,7 +95,7 @@ class Shard(NamedTuple):
             self.columns(width),
             width,
             tokens,
-            -1 if self.vocab_size is None else self.vocab_size,
+            self._vocab_size,
             LOGITS_DTYPES.index(dtype),
             float("nan") if isinstance(eta, Tensor) else eta,
             options.ignore_index,
@@ -166,7 +166,7 @@ class ShardBackend:
         if shard.check_group:
             agreement.meet(signature, group, logits.device)
         # Each rank's message: the header, and its numbers of each token one after another.
-        numbers = _part_of(self.backend, logits, targets, options, signature.columns, with_stats)
+        numbers = part_of(self.backend, logits, targets, options, signature.columns, with_stats)
         message = numbers.new_empty(_HEADER + numbers.numel())
         header = message[:_HEADER].view(_integers(message.dtype))
         for i, value in enumerate((signature.digest(), *signature.columns)):
@@ -178,7 +178,7 @@ class ShardBackend:
         if shard.check_group and self.name == "cpu":
             _check_headers(headers, signature, group)
 
-        whole = _merged(parts, headers[:, 1:], options, with_stats)
+        whole = merged(parts, headers[:, 1:], options, with_stats)
         vocab_size = headers[:, 2].sum() if shard.vocab_size is None else shard.vocab_size
         valid = targets != options.ignore_index
         if self.name == "cpu" and (valid & (whole.holders != 1)).any():
@@ -202,103 +202,21 @@ class ShardBackend:
     ) -> None:
         """The shard's gradient, 0 in padding; communicates nothing."""
         columns = self.shard.columns(logits.shape[-1])
-        real = _narrowed(logits, columns.number)
-        grad = real if grad_logits is logits else _narrowed(grad_logits, columns.number)
+        real = narrowed(logits, columns.number)
+        grad = real if grad_logits is logits else narrowed(grad_logits, columns.number)
         if columns.number > 0:
-            held = _local_targets(targets, columns, options.ignore_index)
-            self.backend.logits_grad(real, held, state, grad_loss, options._replace(ignore_index=_IGNORED), grad)
+            held = local_targets(targets, columns, options.ignore_index)
+            self.backend.logits_grad(real, held, state, grad_loss, options._replace(ignore_index=IGNORED), grad)
         if columns.number < logits.shape[-1]:
             grad_logits[..., columns.number :] = 0.0
 
     def scale_rows_(self, grad_logits: Tensor, grad_loss: Tensor) -> None:
         columns = self.shard.columns(grad_logits.shape[-1])
         if columns.number > 0:
-            self.backend.scale_rows_(_narrowed(grad_logits, columns.number), grad_loss)
+            self.backend.scale_rows_(narrowed(grad_logits, columns.number), grad_loss)
 
 
-class _Rows(NamedTuple):
-    """What the ranks' numbers make together, each [...] float64."""
-
-    m: Tensor  # as the kernels have it: of capped logits, or of logits before their scale
-    scaled_m: Tensor
-    s: Tensor
-    d_target: Tensor
-    mean_shifted: Tensor | float
-    entropy: Tensor | None
-    correct: Tensor | None
-    holders: Tensor  # the number of ranks that hold the target
-
-
-def _part_of(
-    backend: Backend, logits: Tensor, targets: Tensor, options: TokenOptions, columns: Columns, with_stats: bool
-) -> Tensor:
-    """A rank's numbers of each token, [3 to 6, ...].
-
-    m, the largest logit; s = log sum exp(z - m); z_y - m, infinite where the rank does not hold the target; with label
-    smoothing the mean of z - m; with statistics the entropy, whose sign is minus where the target is not the first of
-    the rank's largest logits, and with a softcap, which may make different logits equal, the largest before it.
-    """
-    dtype = accumulate_dtype(logits.dtype)
-    smooth = options.label_smoothing > 0
-    raw = with_stats and options.softcap is not None
-    part = logits.new_empty((3 + smooth + with_stats + raw, *targets.shape), dtype=dtype)
-    if columns.number == 0:
-        nothing = (-torch.inf, -torch.inf, torch.inf, *(0.0,) * (smooth + with_stats), *(-torch.inf,) * raw)
-        for out, value in zip(part, nothing, strict=True):
-            out.fill_(value)
-        return part
-    held = _local_targets(targets, columns, options.ignore_index)
-    here = held != _ELSEWHERE
-    # The kernels of a forward want a target: any will do where the row's is elsewhere.
-    asked = torch.where(here, held, 0)
-    loss, state, stats, correct = results = empty_results(logits, targets, smooth or with_stats)
-    # With eta = 1 the loss is the cross-entropy: nll, or with a smoothing of 1 what the mean is made from.
-    alone = TokenOptions(_IGNORED, float(smooth), 0.0, options.softcap, options.logit_scale)
-    backend.forward(_narrowed(logits, columns.number), asked, None, 1.0, alone, results, None, None)
-    m, s = state[0], state[1].double()
-    nll = stats[0] if smooth or with_stats else loss
-    masked = m == -torch.inf
-    part[0], part[1] = m, s
-    part[2] = torch.where(here, torch.where(masked, 0.0, s - nll), torch.inf)
-    if smooth:
-        part[3] = torch.where(masked, 0.0, s - loss)
-    if with_stats:
-        part[3 + smooth] = torch.copysign(stats[4], torch.where(correct, 1.0, -1.0))
-    if raw:
-        part[-1] = _narrowed(logits, columns.number).amax(-1)
-    return part
-
-
-def _merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: bool) -> _Rows:
-    """The rows of all ranks' numbers [k, 3 to 6, ...], whose columns start at ranges[:, 0] and number ranges[:, 1]."""
-    scale = options.logit_scale if options.softcap is None else 1.0
-    starts, counts = (one.double().reshape(-1, *(1,) * (parts.dim() - 2)) for one in ranges.unbind(1))
-    m_of, s_of, d_of, *others = parts.double().unbind(1)
-    m = m_of.amax(0)
-    shift = scale * (m_of - m)  # -inf for a rank without a finite logit
-    log_sums = s_of + shift
-    s = log_sums.exp().sum(0).log()
-    held = d_of != torch.inf
-    d_target = torch.where(held, d_of + shift, 0.0).sum(0)
-    mean_shifted: Tensor | float = 0.0
-    if options.label_smoothing > 0:
-        mean_shifted = torch.where(counts == 0, 0.0, counts * (others[0] + shift)).sum(0) / counts.sum()
-    entropy = correct = None
-    if with_stats:
-        log_shares = log_sums - s
-        shares = log_shares.exp()
-        entropies = others[1 if options.label_smoothing > 0 else 0]
-        entropy = torch.where(shares == 0, 0.0, shares * (entropies.abs() - log_shares)).sum(0)
-        # A rank's largest logit beats the target's where it is larger, or as large and comes before it.
-        largest_of = m_of if options.softcap is None else others[-1]
-        largest = torch.where(held, largest_of, -torch.inf).amax(0)
-        start = torch.where(held, starts, 0.0).sum(0)
-        beaten = (largest_of > largest) | ((largest_of == largest) & (starts < start) & (counts > 0))
-        correct = (held & ~entropies.signbit()).any(0) & ~beaten.any(0)
-    return _Rows(m, scale * m, s, d_target, mean_shifted, entropy, correct, held.sum(0))
-
-
-def _write(results: tuple[Tensor, ...], terms: TokenTerms, rows: _Rows, valid: Tensor) -> None:
+def _write(results: tuple[Tensor, ...], terms: TokenTerms, rows: Rows, valid: Tensor) -> None:
     """The results of the tokens, 0 where not valid."""
     loss, state, stats, correct = results
     _write_valid(loss.unsqueeze(0), (terms.loss,), valid)
@@ -311,18 +229,6 @@ def _write(results: tuple[Tensor, ...], terms: TokenTerms, rows: _Rows, valid: T
 def _write_valid(out: Tensor, values: tuple[Tensor, ...], valid: Tensor) -> None:
     for one, value in zip(out, values, strict=True):
         one.copy_(torch.where(valid, value, 0.0))
-
-
-def _local_targets(targets: Tensor, columns: Columns, ignore_index: int) -> Tensor:
-    """The targets as columns of the shard, or `_ELSEWHERE`, or `_IGNORED`."""
-    local = targets.long() - columns.start
-    local = torch.where((local >= 0) & (local < columns.number), local, _ELSEWHERE)
-    return torch.where(targets == ignore_index, _IGNORED, local)
-
-
-def _narrowed(logits: Tensor, n_columns: int) -> Tensor:
-    """The logits without their padding, where they lie."""
-    return logits if n_columns == logits.shape[-1] else logits[..., :n_columns]
 
 
 def _integers(dtype: torch.dtype) -> torch.dtype:
