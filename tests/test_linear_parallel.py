@@ -6,8 +6,10 @@ import re
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,7 +22,6 @@ from numerics import to_numpy
 from ranks import run_ranks
 from shards import PADDING, SPLITS, column_range, everyone
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from mixce_kernels import MixCEStats, fused_linear_mixce_loss, linear_mixce_loss_reference
 
@@ -33,19 +34,34 @@ NAMES = [EMULATED] if EMULATED else ["reference", "cpu"]
 JUNK = 1e4  # in padding
 
 
-def _table() -> dict[str, tuple[LinearCase, int, str, bool]]:
-    """By name: a case, on how many ranks, how split, and whether padded; these take turns."""
+class Turn(NamedTuple):
+    """A case of the table, and where it is tried."""
+
+    case: LinearCase
+    size: int  # of the group
+    split: str
+    is_padded: bool
+    backends: list[str]
+
+
+def _table() -> dict[str, Turn]:
+    """By name; groups, splits and padding take turns."""
     small = [case for case in LINEAR if np.prod(case.plain.shape) <= 10_000]
-    # Several tiles of the weight in a shard, and long sums over hidden numbers.
-    large = [case for case in LINEAR if case.plain.name in ("n12_v6200_d40", "n40_v515_d768")]
-    # Emulated kernels are slow, and have been tried on the whole table by themselves.
-    chosen = small[:: 12 if INTERPRETED else 6] if EMULATED else small + large
+    if EMULATED:
+        # Emulated kernels are slow, and have been tried on the whole table by themselves.
+        chosen = small[:: 12 if INTERPRETED else 6]
+    else:
+        # Also several tiles of the weight in a shard, and long sums over hidden numbers.
+        large = [case for case in LINEAR if str(case) in ("n12_v6200_d40-float32", "n40_v515_d768-float32")]
+        # Half of them, with each reduction: they take turns, too.
+        chosen = [case for number, case in enumerate(small) if number % 4 in (0, 3)] + large
     table = {}
     for number, case in enumerate(chosen):
         size, split = 1 + (number + number // 4) % WORLD, list(SPLITS)[number % len(SPLITS)]
         is_padded = number // 2 % 2 == 1
         name = f"{number}-{case}-{case.plain.reduction}-{split}_on_{size}{'_padded' if is_padded else ''}"
-        table[name] = case, size, split, is_padded
+        backends = [name for name in NAMES if name != "reference" or number % 3 == 1]
+        table[name] = Turn(case, size, split, is_padded, backends)
     return table
 
 
@@ -79,8 +95,9 @@ def assert_same_bits(values: list[Tensor], what: str) -> None:
         assert torch.equal(value.nan_to_num(nan=1e30), values[0].nan_to_num(nan=1e30)), f"{what} of rank {rank} differs"
 
 
-def as_in_one_process(group: dist.ProcessGroup, backend: str, case: LinearCase, split: str, is_padded: bool) -> None:
+def as_in_one_process(group: dist.ProcessGroup, backend: str, turn: Turn) -> None:
     """Loss and gradients by the accuracy rule; the loss and the hidden states' gradient to the bit on every rank."""
+    case, _, split, is_padded, _ = turn
     inputs = build_linear(case)
     vocab_size = inputs.weight.shape[0]
     leaves = [inputs.hidden, *(shard_of(one, split, is_padded, group) for one in inputs.leaves[1:])]
@@ -256,11 +273,20 @@ def compiled_equals_eager(group: dist.ProcessGroup, backend: str) -> None:
 
 
 def collectives_of(function: Callable[[], Any]) -> dict[str, int]:
-    """The collectives that a function calls, by PyTorch's names of them."""
-    # Unlike a mode, a profiler sees into operators.
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+    """The collectives that a function calls, those inside of operators too."""
+    counts: Counter[str] = Counter()
+
+    def counting(name: str, *args: Any, **keywords: Any) -> Any:
+        counts["all_gather" if "all_gather" in name else name] += 1
+        return originals[name](*args, **keywords)
+
+    kinds = ("all_", "broadcast", "gather", "reduce", "scatter", "barrier", "send", "recv")
+    originals = {name: value for name, value in vars(dist).items() if name.startswith(kinds) and callable(value)}
+    with ExitStack() as stack:
+        for name in originals:
+            stack.enter_context(mock.patch.object(dist, name, partial(counting, name)))
         function()
-    return Counter(event.name.removeprefix("c10d::") for event in profiler.events() if event.name.startswith("c10d::"))
+    return counts
 
 
 def collectives(group: dist.ProcessGroup, backend: str) -> None:
@@ -280,18 +306,18 @@ def collectives(group: dist.ProcessGroup, backend: str) -> None:
         torch.autograd.grad(found["loss"].sum(), [one for one in own if one.requires_grad])
 
     forward("mean")  # the ranks of a group compare their first call
-    assert collectives_of(lambda: forward("mean")) == {"_allgather_base_": 4, "allreduce_": 1}
+    assert collectives_of(lambda: forward("mean")) == {"all_gather": 4, "all_reduce": 1}
     assert collectives_of(backward) == {}
-    assert collectives_of(lambda: forward("none")) == {"_allgather_base_": 4}
-    assert collectives_of(backward) == {"allreduce_": 1}
-    assert collectives_of(lambda: forward("mean", max_chunk_bytes=None)) == {"_allgather_base_": 1, "allreduce_": 1}
-    assert collectives_of(lambda: forward("mean", check_group=False)) == {"_allgather_base_": 4, "allreduce_": 1}
+    assert collectives_of(lambda: forward("none")) == {"all_gather": 4}
+    assert collectives_of(backward) == {"all_reduce": 1}
+    assert collectives_of(lambda: forward("mean", max_chunk_bytes=None)) == {"all_gather": 1, "all_reduce": 1}
+    assert collectives_of(lambda: forward("mean", check_group=False)) == {"all_gather": 4, "all_reduce": 1}
     # Without it the ranks tell each other what they hold.
-    assert collectives_of(lambda: forward("mean", vocab_size=None))["_allgather_base_"] > 4
+    assert collectives_of(lambda: forward("mean", vocab_size=None))["all_gather"] > 4
     with torch.no_grad():
-        assert collectives_of(lambda: forward("mean")) == {"_allgather_base_": 4}
+        assert collectives_of(lambda: forward("mean")) == {"all_gather": 4}
     own[0].requires_grad_(False)
-    assert collectives_of(lambda: forward("mean")) == {"_allgather_base_": 4}
+    assert collectives_of(lambda: forward("mean")) == {"all_gather": 4}
     assert collectives_of(backward) == {}
 
 
@@ -378,7 +404,7 @@ def differing_calls(group: dist.ProcessGroup, backend: str) -> None:
             own = changes if fresh.rank() == 1 else {}
             assert_all_raise(fresh, f"ValueError: expected .*{sentence}", partial(wide_call, fresh, backend, **own))
             # The group is none the worse for it.
-            assert float(wide_call(fresh, backend)) > 0
+            assert wide_call(fresh, backend).isfinite()
 
 
 def differing_calls_of_unknown_size(group: dist.ProcessGroup, backend: str) -> None:
@@ -389,7 +415,7 @@ def differing_calls_of_unknown_size(group: dist.ProcessGroup, backend: str) -> N
         own = {"vocab_size": None, **(changes if fresh.rank() == 1 else {})}
         sentence = sentence.replace(r" \[0, 48\)", "")
         assert_all_raise(fresh, f"ValueError: expected .*{sentence}", partial(wide_call, fresh, backend, **own))
-        assert float(wide_call(fresh, backend, vocab_size=None)) > 0
+        assert wide_call(fresh, backend, vocab_size=None).isfinite()
 
 
 def bad_targets(group: dist.ProcessGroup, backend: str) -> None:
@@ -401,7 +427,7 @@ def bad_targets(group: dist.ProcessGroup, backend: str) -> None:
     for changes in ({}, {"vocab_size": None}, {"check_group": False}, {"reduction": "none"}, {"validate": True}):
         if not EMULATED or "validate" in changes:
             assert_all_raise(group, sentence, partial(wide_call, group, backend, **call, **changes))
-            assert float(wide_call(group, backend)) > 0
+            assert wide_call(group, backend).isfinite()
     if EMULATED:
         loss = wide_call(group, backend, reduction="none", **call)
         assert loss.isnan().tolist() == [row == 6 for row in range(8)]
@@ -456,9 +482,9 @@ def try_all() -> dict[str, str]:
     """What went wrong on this rank, by name; empty where it went well."""
     groups = [dist.new_group(list(range(size))) for size in range(1, WORLD + 1)]
     calls = {
-        f"{backend}-{name}": (size, partial(as_in_one_process, backend=backend, case=case, split=split, is_padded=pads))
-        for name, (case, size, split, pads) in TABLE.items()
-        for backend in NAMES
+        f"{backend}-{name}": (turn.size, partial(as_in_one_process, backend=backend, turn=turn))
+        for name, turn in TABLE.items()
+        for backend in turn.backends
     }
     calls |= {
         f"{backend}-{check.__name__}": (CHECKS[check], partial(check, backend=backend)) for check, backend in RUNS
@@ -482,12 +508,12 @@ def wrong() -> list[dict[str, str]]:
     return run_ranks(try_all, WORLD, timeout=240.0)
 
 
-@pytest.mark.parametrize("name", TABLE)
-@pytest.mark.parametrize("backend_name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "backend_name"), [(name, backend) for name, turn in TABLE.items() for backend in turn.backends]
+)
 def test_as_in_one_process(name: str, backend_name: str, wrong: list[dict[str, str]]) -> None:
     """Loss and gradients by the accuracy rule, whatever the split; alike on each rank what every rank has."""
-    _, size, *_ = TABLE[name]
-    text = "".join(of_rank[f"{backend_name}-{name}"] for of_rank in wrong[:size])
+    text = "".join(of_rank[f"{backend_name}-{name}"] for of_rank in wrong[: TABLE[name].size])
     assert not text, text
 
 
