@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from mixce_kernels.autocast import autocast_dtype
 from mixce_kernels.collectives import sum_over, total
 from mixce_kernels.functional import fused_mixce_loss
 from mixce_kernels.linear import fused_linear_mixce_loss
-from mixce_kernels.options import check_eta, check_reduction, check_tensors
+from mixce_kernels.options import check_eta, check_linear_tensors, check_reduction, check_tensors
 from mixce_kernels.stats import MixCEStats
 from mixce_kernels.vocab_parallel import vocab_parallel_mixce_loss
 
@@ -30,13 +32,18 @@ def mixce_loss(logits: Tensor, targets: Tensor, eta: float | Tensor, **options: 
     split = _Split.of("logits", logits.device_mesh, logits.placements, logits.dim())
     tokens = _Tokens(split, logits.shape[:-1])
     eta, options = tokens.local_options(targets, eta, options)
-    local = logits.to_local()
+    overwrites = options["inplace_backward"] and not torch.compiler.is_compiling()
+    local = _Overwritable.apply(logits) if overwrites else logits.to_local()
+    version = local._version if overwrites else 0
     if split.vocab is None:
-        return tokens.result(fused_mixce_loss(local, tokens.local(targets), eta, **options), options)
-    found = vocab_parallel_mixce_loss(
-        local, tokens.local(targets), eta, group=split.mesh.get_group(split.vocab),
-        vocab_start=split.vocab_start(logits.shape[-1]), vocab_size=logits.shape[-1], check_group=False, **options,
-    )  # fmt: skip
+        found = fused_mixce_loss(local, tokens.local(targets), eta, **options)
+    else:
+        found = vocab_parallel_mixce_loss(
+            local, tokens.local(targets), eta, group=split.mesh.get_group(split.vocab),
+            vocab_start=split.vocab_start(logits.shape[-1]), vocab_size=logits.shape[-1], check_group=False, **options,
+        )  # fmt: skip
+    if overwrites and local._version != version:
+        increment_version(logits)
     return tokens.result(found, options)
 
 
@@ -46,7 +53,11 @@ def linear_mixce_loss(
     """`fused_linear_mixce_loss` of hidden states [..., D] and a weight [V, D] that are DTensors."""
     hidden, weight, *_ = distributed = _distributed(hidden=hidden, weight=weight, bias=bias)
     mesh = hidden.device_mesh
+    # Of the whole tensors: what does not fit must not show on some ranks alone, whom the others would wait for.
+    check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden))
     held = _Split.of("weight", mesh, weight.placements, 2, vocab_dim=0)
+    if held.leading:
+        raise ValueError(f"expected a weight that is sharded by its rows alone, got {_shown(weight.placements)}")
     for one in distributed[2:]:
         if one.placements != weight.placements:
             shown = f"{_shown(weight.placements)}, got {_shown(one.placements)}"
@@ -72,6 +83,30 @@ def linear_mixce_loss(
         options["vocab_start"], options["vocab_size"] = held.vocab_start(weight.shape[0]), weight.shape[0]
     found = fused_linear_mixce_loss(hidden.to_local(), local_weight, tokens.local(targets), eta, **options)
     return tokens.result(found, options)
+
+
+class _Overwritable(torch.autograd.Function):
+    """A rank's part of logits, as a tensor that may be written to: autograd is then told that the logits have changed.
+
+    It refuses writing to what `DTensor.to_local` returns, and a part has other versions than its whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: DTensor) -> Tensor:
+        local = logits.to_local().data
+        ctx.logits = logits
+        # Not the result itself, which refers to this node: no one would free the two.
+        ctx.same_version, ctx.version = local.detach(), local._version
+        return local
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> DTensor:
+        logits = ctx.logits
+        if ctx.same_version._version != ctx.version:
+            increment_version(logits)
+        return DTensor.from_local(
+            grad, logits.device_mesh, logits.placements, run_check=False, shape=logits.shape, stride=logits.stride()
+        )
 
 
 class _Split(NamedTuple):

@@ -127,6 +127,9 @@ def fused_linear_mixce_loss(
     if has_dtensor(hidden, weight, bias, targets, eta, token_weights):
         from mixce_kernels import dtensors
 
+        for name, value in (("group", group), ("vocab_start", vocab_start), ("vocab_size", vocab_size)):
+            if value is not None:
+                raise ValueError(f"expected {name}=None with DTensors, whose placements say it, got {value!r}")
         keywords.update(max_chunk_bytes=max_chunk_bytes, path=path, backend=backend)
         return dtensors.linear_mixce_loss(hidden, weight, targets, eta, **keywords)
     sharded = group is not None
