@@ -52,6 +52,7 @@ def of_two_and_four() -> list[dict[str, Tensor]]:
     return [gradients(2), gradients(4)]
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_whole_model(one_thread: None) -> None:
     """What a training with Adam, which does not mind the scale of a parameter's gradient, would not tell.
 
