@@ -22,8 +22,12 @@ BACKWARD = "collectives of a backward"
 MEMORY = "peak beside logits and gradient, share of the rank's logits"
 FASTER = "cross-entropy, forward + backward, times faster than loss_parallel"
 FASTER_THREE = "the same, than three all-reduces"
+BACKWARD_FASTER = "the same, backward alone"
+WIRE = "bytes of a forward on the wire, times those of three all-reduces"
 LOSS, GRADIENT = "error of the loss, share of what is allowed", "error of the gradient, share of what is allowed"
-GOALS = (SENT, SENT_SMOOTHED, COLLECTIVES, BACKWARD, MEMORY, FASTER, FASTER_THREE, LOSS, GRADIENT)
+GOALS = (
+    SENT, SENT_SMOOTHED, COLLECTIVES, BACKWARD, WIRE, MEMORY, FASTER, FASTER_THREE, BACKWARD_FASTER, LOSS, GRADIENT
+)  # fmt: skip
 # The header takes 12 bytes a call, which a token's share of is what is left of these.
 SENT_BOUND, SENT_SMOOTHED_BOUND = 16.0, 20.0
 
@@ -54,9 +58,15 @@ def _of_cell(title: str, rows: dict[tuple[str, str], Row], of_goals: bool) -> It
         # Of few tokens or columns, a page is a share that says nothing.
         if measured is not None and (of_goals or goal != MEMORY):
             yield Verdict(goal, title, measured, bound)
-    ours = number(OURS_CE, "both", "median_ms")
-    for goal, contender in ((FASTER, LOSS_PARALLEL), (FASTER_THREE, THREE_ALL_REDUCES)):
-        theirs = number(contender, "both", "median_ms")
+    ours, theirs = (number(name, "forward", "wire_per_token") for name in (OURS, THREE_ALL_REDUCES))
+    if ours and theirs:
+        yield Verdict(WIRE, title, ours / theirs, 1.0)
+    for goal, contender, mode in (
+        (FASTER, LOSS_PARALLEL, "both"),
+        (FASTER_THREE, THREE_ALL_REDUCES, "both"),
+        (BACKWARD_FASTER, THREE_ALL_REDUCES, "backward"),
+    ):
+        ours, theirs = (number(name, mode, "median_ms") for name in (OURS_CE, contender))
         if ours and theirs:
             yield Verdict(goal, title, theirs / ours, 1.0, at_least=True)
     # Also where these are why it was not timed.

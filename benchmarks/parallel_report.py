@@ -65,8 +65,9 @@ rank, with 20 % and 80 % quantiles. The allocator keeps freed memory, so that no
 
 Communication is of forward and backward together, for a token and rank. Sent: what the collectives take from the
 rank's tensors, by the profiler. On the wire: what gloo's algorithms make of that, by the loopback device's counters,
-headers of packets and acknowledgements included. Peak: megabytes of the rank that takes most, beside its logits and
-their gradient, and as a share of the logits."""
+headers of packets and acknowledgements included; other processes that use the device at the same time add to it, of
+which the least of some calls is left. An all-gather's bytes on the wire grow with the ranks, an all-reduce's hardly do.
+Peak: megabytes of the rank that takes most, beside its logits and their gradient, and as a share of the logits."""
 
 
 def parallel_summary(rows: list[Row], verdicts: str) -> str:

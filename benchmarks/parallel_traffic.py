@@ -18,7 +18,7 @@ _SIZES = {"float": 4, "double": 8, "c10::BFloat16": 2, "c10::Half": 2, "int": 4,
 # The profiler's name of what gloo is asked for; a barrier is ours alone.
 _GLOO, _BARRIER = "gloo:", "gloo:barrier"
 # The smallest counts: other processes' traffic on the same device only adds.
-REPETITIONS = 5
+REPETITIONS = 8
 _COUNTERS = Path("/proc/net/dev")
 
 

@@ -188,13 +188,16 @@ def measurement(contender: str, mode: str = "both", **others: object) -> dict[st
 def test_goals_are_computed_from_the_csv(tmp_path):
     errors = {"loss_error": 1e-7, "loss_allowed": 4e-7, "grad_error": 3e-8, "grad_allowed": 2e-8}
     results = [
-        measurement(OURS, "forward", sent_per_token=17.0, collectives=2),
+        measurement(OURS, "forward", sent_per_token=17.0, collectives=2, wire_per_token=30.0),
+        measurement(THREE_ALL_REDUCES, "forward", wire_per_token=20.0),
         measurement(OURS_SMOOTHED, "forward", sent_per_token=16.0, collectives=1),
         measurement(OURS, "backward", sent_per_token=0.0, collectives=0),
         measurement(OURS, median_ms=100.0, peak_bytes=1e6, peak_over_logits=0.01, **errors),
         measurement(OURS_CE, median_ms=80.0),
         measurement(LOSS_PARALLEL, median_ms=200.0),
         measurement(THREE_ALL_REDUCES, median_ms=40.0),
+        measurement(OURS_CE, "backward", median_ms=30.0),
+        measurement(THREE_ALL_REDUCES, "backward", median_ms=15.0),
         # Of other sizes the share of memory decides nothing.
         measurement(OURS, rows=8, peak_bytes=1e6, peak_over_logits=0.5),
     ]
@@ -205,8 +208,10 @@ def test_goals_are_computed_from_the_csv(tmp_path):
         (16.0, True),
         (2.0, False),
         (0.0, True),
+        (1.5, False),
         (0.01, True),
         (2.5, True),
+        (0.5, False),
         (0.5, False),
         (0.25, True),
         (1.5, False),
