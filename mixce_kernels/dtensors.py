@@ -166,6 +166,9 @@ class _Tokens:
         self, targets: Tensor, eta: float | Tensor, options: dict[str, Any]
     ) -> tuple[float | Tensor, dict[str, Any]]:
         """Eta and the options for this rank's part: what "mean" divides by is that of all tokens."""
+        if isinstance(eta, DTensor) and eta.shape != targets.shape:
+            # A DTensor does not broadcast a dimension that is sharded.
+            eta = eta.redistribute(placements=[Replicate()] * eta.device_mesh.ndim)
         eta = check_eta(eta, targets)
         reduction, weights, divisor = (options[name] for name in ("reduction", "token_weights", "num_items_in_batch"))
         check_reduction(reduction, targets, weights, divisor)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from cases import BFLOAT16
 from conftest import EMULATED, INTERPRETED
-from linear_cases import LINEAR, LinearCase, build_linear, check_linear
+from linear_cases import LINEAR, LinearCase, LinearInputs, build_linear, check_linear
 from numerics import to_numpy
 from ranks import run_ranks
 from shards import PADDING, SPLITS, column_range, everyone
@@ -144,11 +144,24 @@ def assert_all_close(got: Any, expected: Any, epsilons: int = 64) -> None:
         torch.testing.assert_close(one, other, rtol=bound, atol=bound * max([1.0, *other.abs().flatten().tolist()]))
 
 
+def check_linear_statistics(inputs: LinearInputs, stats: MixCEStats) -> None:
+    """As close to the oracle's as those of one process."""
+    expected, _ = inputs.oracle()
+    for name, statistic in stats._asdict().items():
+        want = getattr(expected, name)
+        assert statistic.shape == inputs.tokens.targets.shape
+        assert not statistic.requires_grad
+        if name == "correct":
+            assert statistic.flatten().tolist() == want.tolist()
+        else:
+            error = np.abs(to_numpy(statistic.flatten(), want.dtype) - want).max(initial=0)
+            assert error <= 2e-6 * max(np.abs(want).max(initial=0), 1), f"{name} is off by {error}"
+
+
 def statistics(group: dist.ProcessGroup, backend: str) -> None:
     """With and without gradients, in chunks; the same on every rank."""
     for name in ("all-float32", "masked-float64"):
         inputs = build_linear(next(case for case in LINEAR if str(case) == name))
-        expected, _ = inputs.oracle()
         vocab_size = inputs.weight.shape[0]
         keywords = dict(inputs.keywords, vocab_start=column_range("empty", vocab_size, group)[0], group=group)
         for with_grad in (False, True):
@@ -161,18 +174,10 @@ def statistics(group: dist.ProcessGroup, backend: str) -> None:
                 return_stats=True, **keywords,
             )  # fmt: skip
             assert isinstance(stats, MixCEStats)
-            for statistic, of_ranks in zip(
-                stats._fields, zip(*everyone(group, tuple(stats)), strict=True), strict=True
-            ):
-                assert_same_bits([one.double() for one in of_ranks], statistic)
-                want = getattr(expected, statistic)
-                found = of_ranks[0]
-                assert found.shape == inputs.tokens.targets.shape
-                if statistic == "correct":
-                    assert found.flatten().tolist() == want.tolist()
-                    continue
-                error = np.abs(to_numpy(found.flatten(), want.dtype) - want).max()
-                assert error <= 2e-6 * max(np.abs(want).max(), 1), f"{statistic} is off by {error}"
+            of_ranks = everyone(group, tuple(stats))
+            for name, values in zip(stats._fields, zip(*of_ranks, strict=True), strict=True):
+                assert_same_bits([one.double() for one in values], name)
+            check_linear_statistics(inputs, stats)
 
 
 def only_what_requires_a_gradient(group: dist.ProcessGroup, backend: str) -> None:
