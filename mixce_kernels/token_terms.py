@@ -49,9 +49,12 @@ def token_terms(
     # A weight of 0 is the limit of q log q, also where ce is infinite.
     loss = torch.where(weight == 0, 0.0, weight * ce)
     a = weight
-    c = weight * smoothing / vocab_size
     # expm1: q - 1 has no digits left for q near 1, the tokens that the mixture weighs most.
-    t = weight * (torch.expm1(-nll) + smoothing) - c
+    t = weight * torch.expm1(-nll)
+    c = torch.zeros_like(weight)
+    if smoothing > 0:
+        c = weight * smoothing / vocab_size
+        t = t + weight * smoothing - c
     if z_loss > 0:
         z_slope = 2 * z_loss * lse
         loss = loss + z_loss * lse * lse

@@ -9,14 +9,13 @@ from torch import Tensor
 
 from mixce_kernels.agreement import Columns
 from mixce_kernels.backends.results import empty_results
-from mixce_kernels.options import TokenOptions, accumulate_dtype
+from mixce_kernels.options import TokenOptions
 
 if TYPE_CHECKING:
     from mixce_kernels.backends import Backend
 
-# What the kernels are told instead of a target: that its row is ignored, or that it is none of the shard's columns.
-IGNORED = -100
-_ELSEWHERE = -1
+# What the kernels of a forward are told instead of a target that is ignored.
+_IGNORED = -100
 
 
 class Rows(NamedTuple):
@@ -32,44 +31,54 @@ class Rows(NamedTuple):
     holders: Tensor  # the number of ranks that hold the target
 
 
-def part_of(
-    backend: Backend, logits: Tensor, targets: Tensor, options: TokenOptions, columns: Columns, with_stats: bool
-) -> Tensor:
-    """A rank's numbers of each token, [3 to 6, ...].
+def numbers_per_token(options: TokenOptions, with_stats: bool) -> int:
+    """How many of them `write_part` writes."""
+    return 3 + (options.label_smoothing > 0) + with_stats + (with_stats and options.softcap is not None)
+
+
+def write_part(
+    part: Tensor,  # [3 to 6, ...]
+    backend: Backend,
+    logits: Tensor,  # [..., columns]
+    targets: Tensor,  # [...], of the whole vocabulary
+    options: TokenOptions,
+    columns: Columns,
+    with_stats: bool,
+) -> None:
+    """Writes a rank's numbers of each token.
 
     m, the largest logit; s = log sum exp(z - m); z_y - m, infinite where the rank does not hold the target; with label
     smoothing the mean of z - m; with statistics the entropy, whose sign is minus where the target is not the first of
     the rank's largest logits, and with a softcap, which may make different logits equal, the largest before it.
     """
-    dtype = accumulate_dtype(logits.dtype)
     smooth = options.label_smoothing > 0
     raw = with_stats and options.softcap is not None
-    part = logits.new_empty((3 + smooth + with_stats + raw, *targets.shape), dtype=dtype)
     if columns.number == 0:
         nothing = (-torch.inf, -torch.inf, torch.inf, *(0.0,) * (smooth + with_stats), *(-torch.inf,) * raw)
         for out, value in zip(part, nothing, strict=True):
             out.fill_(value)
-        return part
-    held = local_targets(targets, columns, options.ignore_index)
-    here = held != _ELSEWHERE
-    # The kernels of a forward want a target: any will do where the row's is elsewhere.
-    asked = torch.where(here, held, 0)
+        return
+    # The kernels of a forward want a target: any column will do where it is elsewhere.
+    local = local_targets(targets, columns)
+    nearest = local.clamp(0, columns.number - 1)
+    asked = nearest.masked_fill(targets == options.ignore_index, _IGNORED)
     loss, state, stats, correct = results = empty_results(logits, targets, smooth or with_stats)
     # With eta = 1 the loss is the cross-entropy: nll, or with a smoothing of 1 what the mean is made from.
-    alone = TokenOptions(IGNORED, float(smooth), 0.0, options.softcap, options.logit_scale)
-    backend.forward(narrowed(logits, columns.number), asked, None, 1.0, alone, results, None, None)
-    m, s = state[0], state[1].double()
+    alone = TokenOptions(_IGNORED, float(smooth), 0.0, options.softcap, options.logit_scale)
+    logits = narrowed(logits, columns.number)
+    backend.forward(logits, asked, None, 1.0, alone, results, None, None)
+    m_and_s = part[:2].copy_(state[:2])
+    # Without a finite logit there is no difference to it; a NaN among the logits shows in s.
     nll = stats[0] if smooth or with_stats else loss
-    masked = m == -torch.inf
-    part[0], part[1] = m, s
-    part[2] = torch.where(here, torch.where(masked, 0.0, s - nll), torch.inf)
+    torch.sub(m_and_s[1], nll, out=part[2]).nan_to_num_(0.0, torch.inf, -torch.inf).masked_fill_(
+        nearest != local, torch.inf
+    )
     if smooth:
-        part[3] = torch.where(masked, 0.0, s - loss)
+        torch.sub(m_and_s[1], loss, out=part[3]).nan_to_num_(0.0, torch.inf, -torch.inf)
     if with_stats:
-        part[3 + smooth] = torch.copysign(stats[4], torch.where(correct, 1.0, -1.0))
+        torch.copysign(stats[4], correct.to(part.dtype) - 0.5, out=part[3 + smooth])
     if raw:
-        part[-1] = narrowed(logits, columns.number).amax(-1)
-    return part
+        part[-1] = logits.amax(-1)
 
 
 def merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: bool) -> Rows:
@@ -78,7 +87,9 @@ def merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: boo
     starts, counts = (one.double().reshape(-1, *(1,) * (parts.dim() - 2)) for one in ranges.unbind(1))
     m_of, s_of, d_of, *others = parts.double().unbind(1)
     m = m_of.amax(0)
-    shift = scale * (m_of - m)  # -inf for a rank without a finite logit
+    shift = m_of - m  # -inf for a rank without a finite logit
+    if scale != 1:
+        shift = scale * shift
     log_sums = s_of + shift
     s = log_sums.exp().sum(0).log()
     held = d_of != torch.inf
@@ -98,14 +109,12 @@ def merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: boo
         start = torch.where(held, starts, 0.0).sum(0)
         beaten = (largest_of > largest) | ((largest_of == largest) & (starts < start) & (counts > 0))
         correct = (held & ~entropies.signbit()).any(0) & ~beaten.any(0)
-    return Rows(m, scale * m, s, d_target, mean_shifted, entropy, correct, held.sum(0))
+    return Rows(m, m if scale == 1 else scale * m, s, d_target, mean_shifted, entropy, correct, held.sum(0))
 
 
-def local_targets(targets: Tensor, columns: Columns, ignore_index: int) -> Tensor:
-    """The targets as columns of the shard, or `_ELSEWHERE`, or `IGNORED`."""
-    local = targets.long() - columns.start
-    local = torch.where((local >= 0) & (local < columns.number), local, _ELSEWHERE)
-    return torch.where(targets == ignore_index, IGNORED, local)
+def local_targets(targets: Tensor, columns: Columns) -> Tensor:
+    """The targets [...] counted from the shard's first column: those of other shards are outside of its columns."""
+    return targets.long() - columns.start
 
 
 def narrowed(logits: Tensor, n_columns: int) -> Tensor:

@@ -11,6 +11,7 @@ integers a call, which tell the ranks that they are making the same call.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from mixce_kernels import agreement
 from mixce_kernels.agreement import Columns, Signature
-from mixce_kernels.backends.shard_rows import IGNORED, Rows, local_targets, merged, narrowed, part_of
+from mixce_kernels.backends.shard_rows import Rows, local_targets, merged, narrowed, numbers_per_token, write_part
 from mixce_kernels.collectives import all_gather, group_of
 from mixce_kernels.options import (
     LOGITS_DTYPES,
@@ -166,26 +167,29 @@ class ShardBackend:
         if shard.check_group:
             agreement.meet(signature, group, logits.device)
         # Each rank's message: the header, and its numbers of each token one after another.
-        numbers = part_of(self.backend, logits, targets, options, signature.columns, with_stats)
-        message = numbers.new_empty(_HEADER + numbers.numel())
+        shape = (numbers_per_token(options, with_stats), *targets.shape)
+        message = state.new_empty(_HEADER + math.prod(shape))
         header = message[:_HEADER].view(_integers(message.dtype))
         for i, value in enumerate((signature.digest(), *signature.columns)):
             header[i].fill_(value)
-        message[_HEADER:] = numbers.flatten()
+        part = message[_HEADER:].view(shape)
+        write_part(part, self.backend, logits, targets, options, signature.columns, with_stats)
         messages = all_gather(message, group)
         headers = messages[:, :_HEADER].view(_integers(message.dtype))
-        parts = messages[:, _HEADER:].unflatten(1, numbers.shape)
+        parts = messages[:, _HEADER:].unflatten(1, shape)
         if shard.check_group and self.name == "cpu":
             _check_headers(headers, signature, group)
 
         whole = merged(parts, headers[:, 1:], options, with_stats)
         vocab_size = headers[:, 2].sum() if shard.vocab_size is None else shard.vocab_size
         valid = targets != options.ignore_index
-        if self.name == "cpu" and (valid & (whole.holders != 1)).any():
+        not_held = whole.holders != 1
+        if self.name == "cpu" and (valid & not_held).any():
             _raise_not_held(whole.holders, targets, options.ignore_index, int(vocab_size))
+        whole = whole._replace(s=whole.s.masked_fill_(not_held, torch.nan))
         terms = token_terms(
-            whole.scaled_m, torch.where(whole.holders == 1, whole.s, torch.nan), whole.d_target, whole.mean_shifted,
-            eta_value if eta is None else eta.double(), vocab_size, options,
+            whole.scaled_m, whole.s, whole.d_target, whole.mean_shifted, eta_value if eta is None else eta.double(),
+            vocab_size, options,
         )  # fmt: skip
         _write(results, terms, whole, valid)
         if grad_logits is not None and grad_loss is not None:
@@ -205,8 +209,9 @@ class ShardBackend:
         real = narrowed(logits, columns.number)
         grad = real if grad_logits is logits else narrowed(grad_logits, columns.number)
         if columns.number > 0:
-            held = local_targets(targets, columns, options.ignore_index)
-            self.backend.logits_grad(real, held, state, grad_loss, options._replace(ignore_index=IGNORED), grad)
+            local = local_targets(targets, columns)
+            local_options = options._replace(ignore_index=options.ignore_index - columns.start)
+            self.backend.logits_grad(real, local, state, grad_loss, local_options, grad)
         if columns.number < logits.shape[-1]:
             grad_logits[..., columns.number :] = 0.0
 
@@ -219,16 +224,14 @@ class ShardBackend:
 def _write(results: tuple[Tensor, ...], terms: TokenTerms, rows: Rows, valid: Tensor) -> None:
     """The results of the tokens, 0 where not valid."""
     loss, state, stats, correct = results
-    _write_valid(loss.unsqueeze(0), (terms.loss,), valid)
-    _write_valid(state, (rows.m, rows.s, terms.a, terms.c, terms.t), valid)
+    numbers = torch.stack((terms.loss, rows.m, rows.s, terms.a, terms.c, terms.t))
+    numbers.masked_fill_(~valid, 0.0)
+    loss.copy_(numbers[0])
+    state.copy_(numbers[1:])
     if rows.entropy is not None and rows.correct is not None:
-        _write_valid(stats, (terms.nll, terms.q, terms.weight, terms.lse, rows.entropy), valid)
+        numbers = torch.stack((terms.nll, terms.q, terms.weight, terms.lse, rows.entropy))
+        stats.copy_(numbers.masked_fill_(~valid, 0.0))
         correct.copy_(rows.correct & valid & ~terms.nll.isnan())
-
-
-def _write_valid(out: Tensor, values: tuple[Tensor, ...], valid: Tensor) -> None:
-    for one, value in zip(out, values, strict=True):
-        one.copy_(torch.where(valid, value, 0.0))
 
 
 def _integers(dtype: torch.dtype) -> torch.dtype:
