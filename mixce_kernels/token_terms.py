@@ -29,7 +29,7 @@ def token_terms(
     d_target: Tensor,  # [...]
     mean_shifted: Tensor | float,  # [...]
     eta: Tensor | float,  # [...]
-    vocab_size: Tensor | int,
+    vocab_size: Tensor | int,  # not read without label smoothing
     options: TokenOptions,
 ) -> TokenTerms:
     """The mixture of Zhang et al. 2023 (arXiv 2305.16958), with label smoothing and z-loss.
@@ -44,13 +44,14 @@ def token_terms(
     if smoothing > 0:
         # As nll + smoothing * (z_target - mean z), but without inf - inf where both are -inf.
         ce = smoothing * (s - mean_shifted) + ((1 - smoothing) * nll if smoothing < 1 else 0)
-    q = torch.exp(-nll)
+    log_q = -nll
+    q = torch.exp(log_q)
     weight = eta + (1 - eta) * q
     # A weight of 0 is the limit of q log q, also where ce is infinite.
     loss = torch.where(weight == 0, 0.0, weight * ce)
     a = weight
     # expm1: q - 1 has no digits left for q near 1, the tokens that the mixture weighs most.
-    t = weight * torch.expm1(-nll)
+    t = weight * torch.expm1(log_q)
     c = torch.zeros_like(weight)
     if smoothing > 0:
         c = weight * smoothing / vocab_size

@@ -94,8 +94,9 @@ def test_the_all_gather_wins_in_a_node_and_loses_among_many() -> None:
             assert found is not None
             assert meeting_seconds("1 all-gather", links, found) > meeting_seconds(other, links, found)
             assert meeting_seconds("1 all-gather", links, found // 2) <= meeting_seconds(other, links, found // 2)
-    # And its small operators are longer than its kernels, from 8 ranks on.
-    assert all(OURS.launches * LAUNCH > OURS.memory_seconds(H100, ranks, 128256) for ranks in (8, 16, 64))
+    # And its small operators are longer than its kernels, from 16 ranks on.
+    assert OURS.launches * LAUNCH < OURS.memory_seconds(H100, 8, 128256)
+    assert all(OURS.launches * LAUNCH > OURS.memory_seconds(H100, ranks, 128256) for ranks in (16, 64))
 
 
 def test_the_model_is_near_what_liger_published() -> None:
@@ -138,7 +139,7 @@ def test_the_model_rests_on_counts(way: Way, counts: dict[tuple[str, str], dict[
 
 
 def test_one_kernel_would_save_most_of_the_launches() -> None:
-    assert ONE_MERGE.launches < OURS.launches / 10
+    assert ONE_MERGE.launches < OURS.launches / 5
     assert ONE_MERGE.sent == OURS.sent
 
 

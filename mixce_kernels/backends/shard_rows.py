@@ -41,6 +41,7 @@ def write_part(
     backend: Backend,
     logits: Tensor,  # [..., columns]
     targets: Tensor,  # [...], of the whole vocabulary
+    ignored: Tensor,  # [...] bool
     options: TokenOptions,
     columns: Columns,
     with_stats: bool,
@@ -61,7 +62,7 @@ def write_part(
     # The kernels of a forward want a target: any column will do where it is elsewhere.
     local = local_targets(targets, columns)
     nearest = local.clamp(0, columns.number - 1)
-    asked = nearest.masked_fill(targets == options.ignore_index, _IGNORED)
+    asked = nearest.masked_fill(ignored, _IGNORED)
     loss, state, stats, correct = results = empty_results(logits, targets, smooth or with_stats)
     # With eta = 1 the loss is the cross-entropy: nll, or with a smoothing of 1 what the mean is made from.
     alone = TokenOptions(_IGNORED, float(smooth), 0.0, options.softcap, options.logit_scale)
@@ -84,7 +85,7 @@ def write_part(
 def merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: bool) -> Rows:
     """The rows of all ranks' numbers [k, 3 to 6, ...], whose columns start at ranges[:, 0] and number ranges[:, 1]."""
     scale = options.logit_scale if options.softcap is None else 1.0
-    starts, counts = (one.double().reshape(-1, *(1,) * (parts.dim() - 2)) for one in ranges.unbind(1))
+    starts, counts = (one.reshape(-1, *(1,) * (parts.dim() - 2)) for one in ranges.unbind(1))
     m_of, s_of, d_of, *others = parts.double().unbind(1)
     m = m_of.amax(0)
     shift = m_of - m  # -inf for a rank without a finite logit
@@ -106,7 +107,7 @@ def merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: boo
         # A rank's largest logit beats the target's where it is larger, or as large and comes before it.
         largest_of = m_of if options.softcap is None else others[-1]
         largest = torch.where(held, largest_of, -torch.inf).amax(0)
-        start = torch.where(held, starts, 0.0).sum(0)
+        start = torch.where(held, starts, 0).sum(0)
         beaten = (largest_of > largest) | ((largest_of == largest) & (starts < start) & (counts > 0))
         correct = (held & ~entropies.signbit()).any(0) & ~beaten.any(0)
     return Rows(m, m if scale == 1 else scale * m, s, d_target, mean_shifted, entropy, correct, held.sum(0))

@@ -173,7 +173,8 @@ class ShardBackend:
         for i, value in enumerate((signature.digest(), *signature.columns)):
             header[i].fill_(value)
         part = message[_HEADER:].view(shape)
-        write_part(part, self.backend, logits, targets, options, signature.columns, with_stats)
+        ignored = targets == options.ignore_index
+        write_part(part, self.backend, logits, targets, ignored, options, signature.columns, with_stats)
         messages = all_gather(message, group)
         headers = messages[:, :_HEADER].view(_integers(message.dtype))
         parts = messages[:, _HEADER:].unflatten(1, shape)
@@ -181,17 +182,16 @@ class ShardBackend:
             _check_headers(headers, signature, group)
 
         whole = merged(parts, headers[:, 1:], options, with_stats)
-        vocab_size = headers[:, 2].sum() if shard.vocab_size is None else shard.vocab_size
-        valid = targets != options.ignore_index
         not_held = whole.holders != 1
-        if self.name == "cpu" and (valid & not_held).any():
-            _raise_not_held(whole.holders, targets, options.ignore_index, int(vocab_size))
+        if self.name == "cpu" and (not_held & ~ignored).any():
+            _raise_not_held(whole.holders, targets, ignored, options.ignore_index, int(headers[:, 2].sum()))
         whole = whole._replace(s=whole.s.masked_fill_(not_held, torch.nan))
+        vocab_size = headers[:, 2].sum() if options.label_smoothing > 0 else 0
         terms = token_terms(
             whole.scaled_m, whole.s, whole.d_target, whole.mean_shifted, eta_value if eta is None else eta.double(),
             vocab_size, options,
         )  # fmt: skip
-        _write(results, terms, whole, valid)
+        _write(results, terms, whole, ignored)
         if grad_logits is not None and grad_loss is not None:
             self.logits_grad(logits, targets, state, grad_loss, options, grad_logits)
 
@@ -221,17 +221,17 @@ class ShardBackend:
             self.backend.scale_rows_(narrowed(grad_logits, columns.number), grad_loss)
 
 
-def _write(results: tuple[Tensor, ...], terms: TokenTerms, rows: Rows, valid: Tensor) -> None:
-    """The results of the tokens, 0 where not valid."""
+def _write(results: tuple[Tensor, ...], terms: TokenTerms, rows: Rows, ignored: Tensor) -> None:
+    """The results of the tokens, 0 where ignored."""
     loss, state, stats, correct = results
     numbers = torch.stack((terms.loss, rows.m, rows.s, terms.a, terms.c, terms.t))
-    numbers.masked_fill_(~valid, 0.0)
+    numbers.masked_fill_(ignored, 0.0)
     loss.copy_(numbers[0])
     state.copy_(numbers[1:])
     if rows.entropy is not None and rows.correct is not None:
         numbers = torch.stack((terms.nll, terms.q, terms.weight, terms.lse, rows.entropy))
-        stats.copy_(numbers.masked_fill_(~valid, 0.0))
-        correct.copy_(rows.correct & valid & ~terms.nll.isnan())
+        stats.copy_(numbers.masked_fill_(ignored, 0.0))
+        correct.copy_(rows.correct & ~ignored & ~terms.nll.isnan())
 
 
 def _integers(dtype: torch.dtype) -> torch.dtype:
@@ -248,9 +248,9 @@ def _check_headers(headers: Tensor, signature: Signature, group: dist.ProcessGro
     agreement.check_partition(list(map(Columns, starts, numbers)), signature.known_vocab_size)
 
 
-def _raise_not_held(holders: Tensor, targets: Tensor, ignore_index: int, vocab_size: int) -> None:
+def _raise_not_held(holders: Tensor, targets: Tensor, ignored: Tensor, ignore_index: int, vocab_size: int) -> None:
     """Raises for the first token that is not held by one rank."""
-    row = int(((targets != ignore_index) & (holders != 1)).flatten().nonzero()[0])
+    row = int(((holders != 1) & ~ignored).flatten().nonzero()[0])
     if holders.flatten()[row] == 0:
         raise_bad_target(row, targets, ignore_index, vocab_size)
     raise ValueError(
