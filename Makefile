@@ -21,9 +21,10 @@ benchmark-linear: $(VENV)/installed
 benchmark-parallel: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_parallel.py $(ARGS)
 
-# Passive waiting, because the workers share the cores: threads that spin would take them from one another.
+# Passive waiting, because the workers share the cores: threads that spin would take them from one another. A file stays
+# with its worker, which builds or starts once what its tests share; those with long tests come first.
 test: $(VENV)/installed
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/linters
 	$(BIN)/ruff check

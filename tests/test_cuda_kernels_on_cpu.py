@@ -34,8 +34,7 @@ LINEAR = ("test_linear.py", "test_linear_autograd.py", "test_linear_training.py"
 # Not the settings of the process that these tests run in.
 INHERITED = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "MIXCE_"))}
 
-# One worker builds the package, and runs all orders with it.
-pytestmark = [needs_gcc, pytest.mark.slow, pytest.mark.xdist_group("cuda_on_cpu")]
+pytestmark = [needs_gcc, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("forward", "sm_90", FILES, 1400),
         ("reverse", "sm_120", FILES, 1400),
         ("shuffled:7", "sm_100", FILES, 1400),
-        ("shuffled:8", "sm_80", (*FILES[:2], "test_compile.py", *LINEAR), 950),
+        ("shuffled:8", "sm_80", (*FILES[:2], "test_compile.py", "test_vocab_parallel.py", *LINEAR), 1000),
     ],
     ids=("forward", "reverse", "shuffled", "without_clusters"),
 )

@@ -36,6 +36,7 @@ EXTRA_ULPS = {torch.bfloat16: 1, torch.float32: 0}
         "test_edge_cases.py",
         "test_stats.py",
         "test_linear.py",
+        "test_vocab_parallel.py",
         "test_triton_interpreter.py test_inplace.py test_reductions.py",
     ],
 )
@@ -48,7 +49,7 @@ def test_in_a_process_of_its_own(files: str) -> None:
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed is not None, run.stdout
-    assert int(passed.group(1)) >= 40, run.stdout
+    assert int(passed.group(1)) >= 30, run.stdout
 
 
 @interpreted

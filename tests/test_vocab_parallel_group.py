@@ -23,7 +23,6 @@ from mixce_kernels import fused_mixce_loss, mixce_loss_reference, vocab_parallel
 BACKEND = EMULATED or "cpu"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.xdist_group("vocab_parallel_group"),
     pytest.mark.skipif(INTERPRETED, reason="test_vocab_parallel.py has tried the kernels; the rest is the same"),
 ]
 RANKS = 3
