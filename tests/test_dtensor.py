@@ -280,6 +280,31 @@ def second_derivative(mesh: DeviceMesh, backend: str) -> None:
             assert_all_close([whole(results[0], (first, second))], [results[1]], 256)
 
 
+def compiled_equals_eager(mesh: DeviceMesh, backend: str) -> None:
+    """As one graph, of a split vocabulary; of the head's weight, too, with hidden states split by the sequence."""
+    hidden = distribute_tensor(torch.ones(2, 4, 6), mesh, (Shard(1),)).requires_grad_()
+    weight = distribute_tensor(torch.arange(60.0).sin().view(10, 6), mesh, (Shard(0),)).requires_grad_()
+    _, logits, targets = small(mesh, (Shard(2),))
+
+    def loss(logits: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+        own = fused_mixce_loss(2 * logits, targets, 0.3, inplace_backward=True, backend=backend)
+        return own + fused_linear_mixce_loss(torch.sin(hidden), weight, targets, backend=backend)
+
+    torch.use_deterministic_algorithms(False)
+    try:
+        leaves = [logits, hidden, weight]
+        results = []
+        for function in (torch.compile(loss, fullgraph=True, backend="aot_eager"), loss):
+            found = function(*leaves)
+            grads = [
+                whole(one, of.placements) for one, of in zip(torch.autograd.grad(found, leaves), leaves, strict=True)
+            ]
+            results.append([found.to_local().detach(), *grads])
+        assert_all_close(*results)
+    finally:
+        torch.use_deterministic_algorithms(True)
+
+
 def assert_raise(mesh: DeviceMesh, sentence: str, call: Callable[[], Any]) -> None:
     """Every rank raises this one sentence, without a collective."""
     errors: list[str] = []
@@ -581,6 +606,7 @@ CHECKS: dict[Callable[..., None], str] = {
     overwritten_logits_are_known_to_autograd: "2",
     overwritten_logits_are_freed: "2",
     second_derivative: "2x2",
+    compiled_equals_eager: "2",
     bad_targets: "3",
     parallel_head: "4",
     sharded_by_fsdp: "2",
@@ -591,8 +617,8 @@ WITHOUT_BACKENDS: dict[Callable[..., None], str] = {
     strided_shards_are_refused: "2",
     what_is_refused: "4",
 }
-# The reference overwrites nothing.
-OF_KERNELS = (overwritten_logits_are_known_to_autograd, overwritten_logits_are_freed)
+# The reference overwrites nothing, and its compilation is PyTorch's.
+OF_KERNELS = (overwritten_logits_are_known_to_autograd, overwritten_logits_are_freed, compiled_equals_eager)
 # Those in which an emulated kernel, which is slow, may do what others do not.
 OF_EMULATIONS = (overwritten_logits_are_known_to_autograd, fsdp_of_a_parallel_head)
 RUNS = [
