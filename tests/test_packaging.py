@@ -32,7 +32,6 @@ needs_compiler = pytest.mark.skipif(
 linux_only = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files and /proc")
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 CUDA = {"MIXCE_BUILD_CUDA": "1", "MIXCE_CUDA_ARCHS": "80"} if shutil.which("nvcc") else {}
-# One group: the tests share a build.
 pytestmark = pytest.mark.slow
 
 # What a user does first, with the backend that the command line names.
