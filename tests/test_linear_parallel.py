@@ -24,6 +24,7 @@ from shards import PADDING, SPLITS, column_range, everyone
 from torch import Tensor
 
 from mixce_kernels import MixCEStats, fused_linear_mixce_loss, linear_mixce_loss_reference
+from mixce_kernels.matmul import TiledProducts
 
 # One worker has the ranks' processes.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("linear_parallel")]
@@ -211,8 +212,33 @@ def backward_twice(group: dist.ProcessGroup, backend: str) -> None:
         loss = fused_linear_mixce_loss(*own[:2], targets, backend=backend, reduction=reduction, **keywords).sum()
         first = torch.autograd.grad(3.0 * loss, own, retain_graph=True)
         second = torch.autograd.grad(-1.5 * loss, own)
+        of_ranks = everyone(group, second[0])
+        assert_same_bits(of_ranks, "grad_hidden")
         assert_all_close([-2.0 * one for one in second], first)
-        assert_same_bits(everyone(group, second[0]), "grad_hidden")
+
+
+def backward_computes_the_chunks_of_forward(group: dist.ProcessGroup, backend: str) -> None:
+    """With other chunks a BLAS rounds otherwise: probabilities would be of other logits than the sums."""
+    rows: list[int] = []
+    products_logits = TiledProducts.logits
+
+    def logits(self: TiledProducts, hidden: Tensor, out: Tensor) -> None:
+        rows.append(len(hidden))
+        products_logits(self, hidden, out)
+
+    for changes in ({}, {"vocab_size": None}):
+        for dtype in (torch.float32, BFLOAT16):
+            _, own, targets, keywords = small_call(group, "uneven", dtype)
+            keywords.update(changes, reduction="none", max_chunk_bytes=500, backend=backend)
+            with mock.patch.object(TiledProducts, "logits", logits):
+                loss = fused_linear_mixce_loss(*own[:2], targets.abs() % 50, **keywords)
+                forward = rows.copy()
+                rows.clear()
+                torch.autograd.grad(loss.sum(), own)
+            of_ranks = everyone(group, (forward, rows.copy()))
+            rows.clear()
+            assert all(one == other == of_ranks[0][0] for one, other in of_ranks), (changes, dtype, of_ranks)
+            assert sum(forward) == 8
 
 
 def second_derivative(group: dist.ProcessGroup, backend: str) -> None:
@@ -271,8 +297,9 @@ def compiled_equals_eager(group: dist.ProcessGroup, backend: str) -> None:
                     *own[:2], targets, 0.3, backend=backend, reduction=reduction, max_chunk_bytes=400, **keywords
                 )
                 results.append((loss.detach(), *torch.autograd.grad(loss.sum() * 1.5, own)))
+            of_ranks = everyone(group, results[0][1])
+            assert_same_bits(of_ranks, "grad_hidden")
             assert_all_close(*results)
-            assert_same_bits(everyone(group, results[0][1]), "grad_hidden")
     finally:
         torch.use_deterministic_algorithms(True)
 
@@ -468,6 +495,7 @@ CHECKS: dict[Callable[[dist.ProcessGroup, str], None], int] = {
     only_what_requires_a_gradient: 2,
     without_a_gradient_there_is_no_graph: 2,
     backward_twice: 3,
+    backward_computes_the_chunks_of_forward: 3,
     second_derivative: 3,
     autocast: 2,
     compiled_equals_eager: 2,
@@ -479,7 +507,7 @@ CHECKS: dict[Callable[[dist.ProcessGroup, str], None], int] = {
     wrong_arguments: 2,
 }
 # The reference has no chunks, and more collectives; its compilation is PyTorch's.
-OF_KERNELS = (compiled_equals_eager, collectives)
+OF_KERNELS = (compiled_equals_eager, collectives, backward_computes_the_chunks_of_forward)
 # Those in which an emulated kernel, which is slow, may do what others do not.
 OF_EMULATIONS = (statistics, backward_twice, autocast, bad_targets)
 RUNS = [
