@@ -33,8 +33,7 @@ fully_shard = pytest.importorskip("torch.distributed.fsdp", reason="needs FSDP2"
 from torch.distributed.device_mesh import DeviceMesh  # noqa: E402
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor  # noqa: E402
 
-# One worker has the ranks' processes.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("dtensor")]
+pytestmark = pytest.mark.slow
 
 WORLD = 4
 # The ranks have CPU tensors.

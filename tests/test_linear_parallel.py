@@ -26,8 +26,7 @@ from torch import Tensor
 from mixce_kernels import MixCEStats, fused_linear_mixce_loss, linear_mixce_loss_reference
 from mixce_kernels.matmul import TiledProducts
 
-# One worker has the ranks' processes.
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("linear_parallel")]
+pytestmark = pytest.mark.slow
 
 WORLD = 4
 # The ranks have CPU tensors.
