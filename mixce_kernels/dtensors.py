@@ -15,11 +15,19 @@ from torch.autograd.graph import increment_version
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from mixce_kernels import backends
 from mixce_kernels.autocast import autocast_dtype
 from mixce_kernels.collectives import sum_over, total
 from mixce_kernels.functional import fused_mixce_loss
 from mixce_kernels.linear import fused_linear_mixce_loss
-from mixce_kernels.options import check_eta, check_linear_tensors, check_reduction, check_tensors
+from mixce_kernels.options import (
+    check_eta,
+    check_linear_tensors,
+    check_reduction,
+    check_targets_in_range,
+    check_tensors,
+    check_values,
+)
 from mixce_kernels.stats import MixCEStats
 from mixce_kernels.vocab_parallel import vocab_parallel_mixce_loss
 
@@ -31,6 +39,7 @@ def mixce_loss(logits: Tensor, targets: Tensor, eta: float | Tensor, **options: 
     check_tensors(logits, targets)
     split = _Split.of("logits", logits.device_mesh, logits.placements, logits.dim())
     tokens = _Tokens(split, logits.shape[:-1])
+    tokens.check_values(targets, eta, options, logits.shape[-1], logits.to_local())
     eta, options = tokens.local_options(targets, eta, options)
     overwrites = options["inplace_backward"] and not torch.compiler.is_compiling()
     local = _Overwritable.apply(logits) if overwrites else logits.to_local()
@@ -71,6 +80,7 @@ def linear_mixce_loss(
     if split.vocab is not None:
         raise ValueError(f"expected hidden states whose last dimension is whole, got {_shown(placements)}")
     tokens = _Tokens(split, hidden.shape[:-1])
+    tokens.check_values(targets, eta, options, weight.shape[0], hidden.to_local())
     eta, options = tokens.local_options(targets, eta, options)
     # Ranks with other tokens have other parts of the weight's gradient.
     grad_placements = [Partial() if dim in split.leading else one for dim, one in enumerate(weight.placements)]
@@ -107,6 +117,10 @@ class _Overwritable(torch.autograd.Function):
         return DTensor.from_local(
             grad, logits.device_mesh, logits.placements, run_check=False, shape=logits.shape, stride=logits.stride()
         )
+
+
+# Backends that raise for a bad target of CPU tensors.
+_CHECKING = ("cpu", "reference")
 
 
 class _Split(NamedTuple):
@@ -161,6 +175,19 @@ class _Tokens:
         elif tensor.device_mesh != mesh:
             raise ValueError(f"expected all DTensors on one mesh, {mesh}, got {tensor.device_mesh}")
         return tensor.redistribute(placements=self.placements).to_local()
+
+    def check_values(
+        self, targets: Tensor, eta: float | Tensor, options: dict[str, Any], vocab_size: int, like_logits: Tensor
+    ) -> None:
+        """Checks the values of all tokens where one process does: no rank may raise alone, awaited by the others."""
+        if not self.split.leading or torch.compiler.is_compiling():
+            return
+        targets = targets.full_tensor() if isinstance(targets, DTensor) else targets
+        eta = eta.full_tensor() if isinstance(eta, DTensor) else eta
+        if options["validate"]:
+            check_values(targets, eta, options["ignore_index"], vocab_size)
+        elif like_logits.device.type == "cpu" and backends.resolve(options["backend"], like_logits) in _CHECKING:
+            check_targets_in_range(targets, options["ignore_index"], vocab_size)
 
     def local_options(
         self, targets: Tensor, eta: float | Tensor, options: dict[str, Any]

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixce_kernels.functional import fused_mixce_loss
 from mixce_kernels.linear import fused_linear_mixce_loss
-from mixce_kernels.options import check_eta_number, check_linear_options, check_reduction_name, check_token_options
+from mixce_kernels.options import (
+    check_eta_number,
+    check_linear_options,
+    check_reduction_name,
+    check_sharded_call,
+    check_token_options,
+)
 from mixce_kernels.stats import MixCEStats
 
 
@@ -123,15 +130,20 @@ class LinearMixCELoss(_Loss):
         validate: bool = False,
         max_chunk_bytes: int | None = None,
         path: str = "chunks",
+        group: dist.ProcessGroup | None = None,
+        vocab_start: int | None = None,
+        vocab_size: int | None = None,
+        check_group: bool = True,
         backend: str | None = None,
     ) -> None:
-        """Takes the options of `fused_linear_mixce_loss`.
+        """Takes the options of `fused_linear_mixce_loss`. With a group it can be neither copied nor pickled.
 
         Raises:
             TypeError: an option is not a number.
             ValueError: an option is outside its range.
         """
-        check_linear_options(max_chunk_bytes, path, backend)
+        check_linear_options(max_chunk_bytes, path, backend, sharded=group is not None)
+        check_sharded_call(group, vocab_start, vocab_size)
         options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "reduction": reduction,
@@ -145,6 +157,10 @@ class LinearMixCELoss(_Loss):
             "validate": validate,
             "max_chunk_bytes": max_chunk_bytes,
             "path": path,
+            "group": group,
+            "vocab_start": vocab_start,
+            "vocab_size": vocab_size,
+            "check_group": check_group,
             "backend": backend,
         }
         super().__init__(eta, options)

@@ -65,9 +65,10 @@ def vocab_parallel_mixce_loss(
         vocab_size: V, where the vocabulary is padded: columns from there on have no probability and gradient 0. None:
             all columns that the ranks hold.
         check_group: compare the ranks' columns, shapes and options, and raise on every rank where they do not fit
-            together. At the first call in a group that costs one small collective, for which a GPU's host waits;
-            later calls tell it by their one collective, with the backend "cpu" at once. With other backends the loss
-            of a target that is held by no rank or by several is then NaN.
+            together. At the first call in a group that costs one small collective, for which a GPU's host waits. Later
+            calls tell it by a digest in their one message, with the backend "cpu" at once, if the messages are of one
+            size; with other backends the loss of a target that no rank or several hold is then NaN. Messages of other
+            sizes (other numbers of tokens, other numbers a token) are torch.distributed's own error.
         ignore_index, reduction, token_weights, num_items_in_batch, label_smoothing, z_loss, softcap, logit_scale,
             inplace_backward, return_stats: as in `fused_mixce_loss`. Statistics with a softcap read the logits once
             more.

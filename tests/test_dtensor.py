@@ -434,14 +434,16 @@ def strided_shards_are_refused(mesh: DeviceMesh) -> None:
 
 
 def bad_targets(mesh: DeviceMesh, backend: str) -> None:
-    """IndexError on every rank where all have the same tokens."""
-    for placement in (Replicate(), Shard(2)):
+    """IndexError on every rank, in the words of one process, also of a rank that has other tokens."""
+    for placement, distributed in itertools.product((Replicate(), Shard(0), Shard(1), Shard(2)), (False, True)):
         _, logits, targets = small(mesh, (placement,))
         targets[1, 0] = 10
-        errors = everyone(
-            mesh.get_group(), raised(partial(fused_mixce_loss, logits, targets, backend=backend, validate=True))
-        )
-        assert set(errors) == {"IndexError: expected targets in [0, 10) or ignore_index=-100, got 10 in row 4"}, errors
+        if distributed:
+            targets = distribute_tensor(targets, mesh, (Replicate() if placement == Shard(2) else placement,))
+        for validate in (True, False):
+            call = partial(fused_mixce_loss, logits, targets, backend=backend, validate=validate)
+            errors = set(everyone(mesh.get_group(), raised(call)))
+            assert errors == {"IndexError: expected targets in [0, 10) or ignore_index=-100, got 10 in row 4"}, errors
 
 
 # A vocabulary that neither 2 nor 4 ranks share evenly, and batches with different numbers of tokens that count.

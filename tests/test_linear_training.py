@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from mixce_kernels import LinearMixCELoss, fused_linear_mixce_loss, fused_mixce_loss, linear_mixce_loss_reference
+from mixce_kernels import (
+    LinearMixCELoss,
+    fused_linear_mixce_loss,
+    fused_mixce_loss,
+    linear_mixce_loss_reference,
+    vocab_parallel_mixce_loss,
+)
 
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
 
@@ -219,13 +225,17 @@ def test_permissions_change_nothing(backend: str, device: str) -> None:
 
 
 def test_signatures() -> None:
-    """The options are those of `fused_mixce_loss`, with the same defaults, and three of its own."""
+    """The options are those of `fused_mixce_loss`, with the same defaults, and some of its own."""
     own = {"bias": None, "max_chunk_bytes": None, "path": "chunks"}
+    sharded = {"group": None, "vocab_start": None, "vocab_size": None, "check_group": True}
     options = dict(fused_mixce_loss.__kwdefaults__ or {})
-    assert fused_linear_mixce_loss.__kwdefaults__ == {**options, **own}
+    assert fused_linear_mixce_loss.__kwdefaults__ == {**options, **own, **sharded}
     reference = {name: value for name, value in options.items() if name != "backend"}
     assert linear_mixce_loss_reference.__kwdefaults__ == {**reference, **own}
     of_the_call = {"bias", "token_weights", "num_items_in_batch"}
-    constructor = {name: value for name, value in {**options, **own}.items() if name not in of_the_call}
+    constructor = {name: value for name, value in {**options, **own, **sharded}.items() if name not in of_the_call}
     assert LinearMixCELoss.__init__.__kwdefaults__ == constructor
     assert set(inspect.signature(LinearMixCELoss.forward).parameters) >= of_the_call
+    # Of a shard of the vocabulary the same, and what a rank has to say.
+    parallel = dict(vocab_parallel_mixce_loss.__kwdefaults__ or {})
+    assert parallel == {**options, "vocab_size": None, "check_group": True}
