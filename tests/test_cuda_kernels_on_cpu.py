@@ -30,6 +30,7 @@ FILES = (
     "test_modules.py",
     "test_autograd.py",
 )
+PARALLEL = ("test_vocab_parallel.py", "test_gpu_parallel.py")
 LINEAR = ("test_linear.py", "test_linear_autograd.py", "test_linear_training.py", "test_gpu_linear.py")
 # Not the settings of the process that these tests run in.
 INHERITED = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "MIXCE_"))}
@@ -51,7 +52,7 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("forward", "sm_90", FILES, 1400),
         ("reverse", "sm_120", FILES, 1400),
         ("shuffled:7", "sm_100", FILES, 1400),
-        ("shuffled:8", "sm_80", (*FILES[:2], "test_compile.py", "test_vocab_parallel.py", *LINEAR), 1000),
+        ("shuffled:8", "sm_80", (*FILES[:2], "test_compile.py", *PARALLEL, *LINEAR), 1000),
     ],
     ids=("forward", "reverse", "shuffled", "without_clusters"),
 )
