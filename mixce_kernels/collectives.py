@@ -67,11 +67,17 @@ def sum_over(group: dist.ProcessGroup, tensor: Tensor) -> Tensor:
     return _SumOver.apply(tensor, group)
 
 
+# Their contexts are set up apart, as torch.func asks for.
+
+
 class _CopyTo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, dist.ProcessGroup], output: Tensor) -> None:
+        _, ctx.group = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -80,9 +86,12 @@ class _CopyTo(torch.autograd.Function):
 
 class _SumOver(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
+    def forward(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         return total(tensor, group)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, dist.ProcessGroup], output: Tensor) -> None:
+        _, ctx.group = inputs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
