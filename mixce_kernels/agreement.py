@@ -45,6 +45,9 @@ class Signature(NamedTuple):
     reduction: int = 0  # in REDUCTIONS
     token_weights: bool = False
     hidden_size: int = 0  # 0: the call has logits
+    max_chunk_bytes: int = 0  # 0: none
+    reference: bool = False  # the backend of that name, which meets the others otherwise
+    validate: bool = False
 
     @property
     def known_vocab_size(self) -> int | None:
@@ -127,7 +130,13 @@ def check_partition(ranges: list[Columns], vocab_size: int | None) -> None:
     raise ValueError(f"expected shards that hold each column of {whole} once, got columns {held}")
 
 
-_NAMES = {"tokens": "number of tokens", "return_stats": "answer to return_stats", "hidden_size": "hidden size"}
+_NAMES = {
+    "tokens": "number of tokens",
+    "return_stats": "answer to return_stats",
+    "hidden_size": "hidden size",
+    "reference": "answer to backend='reference'",
+    "validate": "answer to validate",
+}
 
 
 def _shown(name: str, value: float) -> str:
@@ -135,11 +144,11 @@ def _shown(name: str, value: float) -> str:
         return REDUCTIONS[int(value)]
     if name == "dtype":
         return str(LOGITS_DTYPES[int(value)])
-    if name == "return_stats":
+    if name in ("return_stats", "reference", "validate"):
         return str(bool(value))
     if name == "token_weights":
         return "some" if value else "none"
-    if (name == "softcap" and value == 0) or (name == "vocab_size" and value < 0):
+    if (name in ("softcap", "max_chunk_bytes") and value == 0) or (name == "vocab_size" and value < 0):
         return "None"
     if name == "eta" and value != value:
         return "a tensor"

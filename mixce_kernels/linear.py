@@ -144,11 +144,13 @@ def fused_linear_mixce_loss(
         has_weights = token_weights is not None
         shard = Shard(group_name(group), vocab_start, vocab_size, check_group, reduction, has_weights)
     backend = _resolve(backend, path, hidden, weight, compute_dtype)
-    if shard is not None and (validate or (backend == "reference" and hidden.device.type == "cpu")):
+    if shard is not None and (validate or backend == "reference"):
         signature = shard.signature(
-            weight.shape[0], targets.numel(), compute_dtype, eta, options, return_stats, hidden_size=hidden.shape[-1]
-        )
-        shard.check_values(signature, targets, eta, ignore_index, hidden.device)
+            weight.shape[0], targets.numel(), compute_dtype, eta, options, return_stats, hidden_size=hidden.shape[-1],
+            max_chunk_bytes=max_chunk_bytes, reference=backend == "reference",
+            validate=validate or hidden.device.type == "cpu",
+        )  # fmt: skip
+        shard.check_call(signature, targets, eta, ignore_index, hidden.device)
     reduced = Reduction.of(reduction, targets, ignore_index, token_weights, num_items_in_batch)
     if backend == "reference" and shard is not None:
         # Added up in the type of accumulation, and rounded once.

@@ -90,8 +90,9 @@ class Inputs:
         tokens, hidden_size = self.hidden.shape
         eta = self.eta_value if self.eta is None else self.eta
         return shard.signature(
-            self.weight.shape[0], tokens, self.compute_dtype, eta, self.options, with_stats, hidden_size=hidden_size
-        )
+            self.weight.shape[0], tokens, self.compute_dtype, eta, self.options, with_stats, hidden_size=hidden_size,
+            max_chunk_bytes=self.max_chunk_bytes,
+        )  # fmt: skip
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """As the path "tiles" takes them: of one type, the last dimension contiguous."""

@@ -77,7 +77,7 @@ def vocab_parallel_mixce_loss(
         validate: check the values of targets and of a tensor eta, synchronising with a GPU. With the backends "cpu"
             and, on a CPU, "reference" targets are always checked.
         backend: "cpu", "cuda", "triton" or "reference"; None picks the best that can serve, or `MIXCE_BACKEND` of the
-            environment. Ranks may differ in it. "reference" takes some collectives more.
+            environment. Ranks may differ in it, except in whether it is "reference", which takes some collectives more.
 
     Returns:
         The loss, float32 (float64 for float64 logits), the same on every rank; with `return_stats`, a pair of it and
@@ -99,10 +99,12 @@ def vocab_parallel_mixce_loss(
     check_reduction(reduction, targets, token_weights, num_items_in_batch)
     shard = Shard(group_name(group), vocab_start, vocab_size, check_group, reduction, token_weights is not None)
     backend = backends.resolve(backend, logits_shard)
-    if validate or (backend == "reference" and logits_shard.device.type == "cpu"):
-        width, dtype = logits_shard.shape[-1], logits_shard.dtype
-        signature = shard.signature(width, targets.numel(), dtype, eta, options, return_stats)
-        shard.check_values(signature, targets, eta, ignore_index, logits_shard.device)
+    if validate or backend == "reference":
+        signature = shard.signature(
+            logits_shard.shape[-1], targets.numel(), logits_shard.dtype, eta, options, return_stats,
+            reference=backend == "reference", validate=validate or logits_shard.device.type == "cpu",
+        )  # fmt: skip
+        shard.check_call(signature, targets, eta, ignore_index, logits_shard.device)
     reduced = Reduction.of(reduction, targets, ignore_index, token_weights, num_items_in_batch)
     if backend == "reference":
         loss, stats = sharded_token_losses(shard, logits_shard, targets, eta, options)

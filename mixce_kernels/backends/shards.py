@@ -90,6 +90,9 @@ class Shard(NamedTuple):
         with_stats: bool,
         *,
         hidden_size: int = 0,
+        max_chunk_bytes: int | None = None,
+        reference: bool = False,
+        validate: bool = False,
     ) -> Signature:
         """The call on this shard, for comparison with the other ranks'."""
         return Signature(
@@ -108,6 +111,9 @@ class Shard(NamedTuple):
             REDUCTIONS.index(self.reduction),
             self.token_weights,
             hidden_size,
+            max_chunk_bytes or 0,
+            reference,
+            validate,
         )
 
     def whole(self, signature: Signature, device: torch.device) -> tuple[int, int]:
@@ -123,12 +129,19 @@ class Shard(NamedTuple):
             agreement.meet(signature, self.group, device)
         return self.vocab_size, -(-self.vocab_size // self.group.size())
 
-    def check_values(
+    def check_call(
         self, signature: Signature, targets: Tensor, eta: float | Tensor, ignore_index: int, device: torch.device
     ) -> None:
-        """Reads targets and eta: see `options.check_values`; the ranks tell each other what they hold."""
-        layout = agreement.layout(signature, self.group, device, check=self.check_group)
-        check_values(targets, eta, ignore_index, layout.vocab_size)
+        """What no kernel checks: whether the ranks' calls fit together, and with `validate` targets and eta.
+
+        Raises:
+            ValueError, IndexError: on every rank, see `agreement.layout` and `options.check_values`.
+        """
+        if signature.validate:
+            layout = agreement.layout(signature, self.group, device, check=self.check_group)
+            check_values(targets, eta, ignore_index, layout.vocab_size)
+        elif self.check_group:
+            agreement.meet(signature, self.group, device)
 
 
 class ShardBackend:
@@ -210,7 +223,7 @@ class ShardBackend:
         grad = real if grad_logits is logits else narrowed(grad_logits, columns.number)
         if columns.number > 0:
             local = local_targets(targets, columns)
-            local_options = options._replace(ignore_index=options.ignore_index - columns.start)
+            local_options = options._replace(ignore_index=_int64(options.ignore_index - columns.start))
             self.backend.logits_grad(real, local, state, grad_loss, local_options, grad)
         if columns.number < logits.shape[-1]:
             grad_logits[..., columns.number :] = 0.0
@@ -232,6 +245,11 @@ def _write(results: tuple[Tensor, ...], terms: TokenTerms, rows: Rows, ignored: 
         numbers = torch.stack((terms.nll, terms.q, terms.weight, terms.lse, rows.entropy))
         stats.copy_(numbers.masked_fill_(ignored, 0.0))
         correct.copy_(rows.correct & ~ignored & ~terms.nll.isnan())
+
+
+def _int64(number: int) -> int:
+    """What an int64 tensor makes of a number beyond its range."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 def _integers(dtype: torch.dtype) -> torch.dtype:
