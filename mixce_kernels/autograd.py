@@ -156,8 +156,7 @@ class Differentiable:
 
     def __call__(self, *args: Any) -> Any:
         # A mode that watches collectives sees those of a shard only outside of an operator.
-        communicates = any(isinstance(arg, str) and Shard.of(arg)[1] is not None for arg in args)
-        if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and not communicates):
+        if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and not _communicates(args)):
             return self.operator(*args)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
@@ -168,6 +167,11 @@ class Differentiable:
         # In forward mode a node says that it has no such derivative; a kernel would lose it silently.
         differentiate = differentiate or forward_ad._current_level >= 0
         return (self.node.apply if differentiate else self.kernel)(*args)
+
+
+def _communicates(args: tuple[Any, ...]) -> bool:
+    """Whether one of an operator's arguments is the address of a shard."""
+    return any(isinstance(arg, str) and Shard.of(arg)[1] is not None for arg in args)
 
 
 def _function(name: str, **methods: Callable[..., Any]) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from mixce_kernels import autograd, backends
 from mixce_kernels.backends.rows import overlaps_itself, rows_of
@@ -139,7 +140,9 @@ def fused_loss(
         logits = logits.contiguous()
     eta_tensor, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
-    inplace = inplace_backward and wants_grad and not autograd.is_transformed()
+    # A tensor that wraps another, such as one that a collective has yet to fill, is for the dispatcher to unwrap.
+    wrapped = any(isinstance(one, Tensor) and type(one) not in (Tensor, Parameter) for one in (logits, targets, eta))
+    inplace = inplace_backward and wants_grad and not wrapped and not autograd.is_transformed()
     if inplace and overlaps_itself(logits):
         raise ValueError("expected logits whose rows do not share memory for inplace_backward, got expanded logits")
 

@@ -11,10 +11,13 @@ import torch.distributed as dist
 from conftest import EMULATED
 from ranks import run_ranks
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_gather_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 from mixce_kernels import (
     fused_linear_mixce_loss,
+    fused_mixce_loss,
     linear_mixce_loss_reference,
     mixce_loss_reference,
     vocab_parallel_mixce_loss,
@@ -152,6 +155,31 @@ def transformations() -> None:
         torch.testing.assert_close(found_twice, expected_twice)
 
 
+def tensors_in_flight() -> None:
+    """Logits that a collective has yet to fill, as PyTorch's parallel layers hand them on; of targets, too."""
+    logits, targets = _tokens()
+    logits, targets = logits[: 2 * RANKS], targets[: 2 * RANKS]
+    whole = logits.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(mixce_loss_reference(whole, targets, 0.3), whole)
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for mode in MODES:
+        leaf = distribute_tensor(logits.clone(), mesh, [Shard(0)]).requires_grad_()
+        gathered = (leaf * 1.0).redistribute(placements=[Replicate()], async_op=True)
+        fused_mixce_loss(gathered, targets, 0.3, **mode).backward()
+        torch.testing.assert_close(leaf.grad.full_tensor(), grad, **CLOSE)
+        leaf = distribute_tensor(logits.clone(), mesh, [Shard(0)]).requires_grad_()
+        local = (leaf * 1.0).redistribute(placements=[Replicate()], async_op=True).to_local()
+        flying = all_gather_tensor(targets[2 * dist.get_rank() :][:2].clone(), 0, dist.group.WORLD)
+        assert type(local) is type(flying) is AsyncCollectiveTensor
+        fused_mixce_loss(local, flying, 0.3, **mode).backward()
+        torch.testing.assert_close(leaf.grad.full_tensor(), grad, **CLOSE)
+        begin, end = _columns()
+        shard = logits[:, begin:end].clone().requires_grad_()
+        flying = all_gather_tensor(targets[2 * dist.get_rank() :][:2].clone(), 0, dist.group.WORLD)
+        vocab_parallel_mixce_loss(shard * 1.0, flying, 0.3, group=None, vocab_start=begin, **mode).backward()
+        torch.testing.assert_close(shard.grad, grad[:, begin:end], **CLOSE)
+
+
 def one_graph() -> None:
     """Two losses of one graph, and a second backward."""
     logits, targets = _tokens()
@@ -221,7 +249,7 @@ CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
     for case in (
         ignore_index_of_any_size, sub_groups, infinities_of_a_whole_shard, any_shape, checkpoints, transformations,
-        one_graph, differences, another_life,
+        tensors_in_flight, one_graph, differences, another_life,
     )
 }  # fmt: skip
 
