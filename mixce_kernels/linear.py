@@ -109,10 +109,11 @@ def fused_linear_mixce_loss(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: a shape, device, range or combination is wrong.
+        ValueError: a shape, device, range, placement or combination is wrong; or, on every rank, the ranks' calls do
+            not fit together.
         IndexError: a target is out of range, on the CPU or with `validate`. On a GPU, without `validate`, that row's
             loss is NaN, and so are the gradients that it is part of.
-        RuntimeError: the backend asked for cannot serve these tensors.
+        RuntimeError: the backend asked for cannot serve these tensors, or there is no process group.
     """
     options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     keywords: dict[str, Any] = {
