@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 
 from mixce_kernels import ops
-from mixce_kernels.backends.shards import Shard
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.sharded_reference import token_losses_of
 
@@ -155,8 +154,7 @@ class Differentiable:
         self.transformable_node = _function(name, forward=kernel, setup_context=context, backward=backward)
 
     def __call__(self, *args: Any) -> Any:
-        # A mode that watches collectives sees those of a shard only outside of an operator.
-        if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and not _communicates(args)):
+        if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and not _collectives_are_watched()):
             return self.operator(*args)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
         if any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
@@ -169,9 +167,9 @@ class Differentiable:
         return (self.node.apply if differentiate else self.kernel)(*args)
 
 
-def _communicates(args: tuple[Any, ...]) -> bool:
-    """Whether one of an operator's arguments is the address of a shard."""
-    return any(isinstance(arg, str) and Shard.of(arg)[1] is not None for arg in args)
+def _collectives_are_watched() -> bool:
+    """Whether the dispatch modes are those of CommDebugMode, which sees no collective inside of an operator."""
+    return all(type(mode).__name__ == "CommDebugMode" for mode in _get_current_dispatch_mode_stack())
 
 
 def _function(name: str, **methods: Callable[..., Any]) -> Any:

@@ -49,7 +49,7 @@ def mixce_loss(logits: Tensor, targets: Tensor, eta: float | Tensor, **options: 
     else:
         found = vocab_parallel_mixce_loss(
             local, tokens.local(targets), eta, group=split.mesh.get_group(split.vocab),
-            vocab_start=split.vocab_start(logits.shape[-1]), vocab_size=logits.shape[-1], check_group=False, **options,
+            vocab_start=split.vocab_start(logits.shape[-1], local.shape[-1]), vocab_size=logits.shape[-1], check_group=False, **options,
         )  # fmt: skip
     if overwrites and local._version != version:
         increment_version(logits)
@@ -90,7 +90,8 @@ def linear_mixce_loss(
     options["bias"] = local_bias[0] if local_bias else None
     if held.vocab is not None:
         options["group"], options["check_group"] = mesh.get_group(held.vocab), False
-        options["vocab_start"], options["vocab_size"] = held.vocab_start(weight.shape[0]), weight.shape[0]
+        options["vocab_start"] = held.vocab_start(weight.shape[0], local_weight.shape[0])
+        options["vocab_size"] = weight.shape[0]
     found = fused_linear_mixce_loss(hidden.to_local(), local_weight, tokens.local(targets), eta, **options)
     return tokens.result(found, options)
 
@@ -150,11 +151,19 @@ class _Split(NamedTuple):
                 )
         return cls(mesh, vocab, leading)
 
-    def vocab_start(self, vocab_size: int) -> int:
-        """The first of this rank's columns: DTensor splits as `torch.chunk` does."""
+    def vocab_start(self, vocab_size: int, columns: int) -> int:
+        """The first of this rank's columns: DTensor splits as `torch.chunk` does.
+
+        Raises:
+            ValueError: the rank has another number of columns than that, and so has one rank more at least.
+        """
         assert self.vocab is not None
         chunk = -(-vocab_size // self.mesh.size(self.vocab))
-        return min(self.mesh.get_local_rank(self.vocab) * chunk, vocab_size)
+        start = min(self.mesh.get_local_rank(self.vocab) * chunk, vocab_size)
+        expected = min(chunk, vocab_size - start)
+        if columns != expected:
+            raise ValueError(f"expected {expected} of {vocab_size} columns here, as DTensor splits them, got {columns}")
+        return start
 
 
 class _Tokens:

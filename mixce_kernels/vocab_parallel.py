@@ -77,7 +77,8 @@ def vocab_parallel_mixce_loss(
         validate: check the values of targets and of a tensor eta, synchronising with a GPU. With the backends "cpu"
             and, on a CPU, "reference" targets are always checked.
         backend: "cpu", "cuda", "triton" or "reference"; None picks the best that can serve, or `MIXCE_BACKEND` of the
-            environment. Ranks may differ in it, except in whether it is "reference", which takes some collectives more.
+            environment. Ranks may differ in it, except in whether it is "reference", which takes some collectives
+            more. Neither "reference" nor `validate` is for `torch.compile`.
 
     Returns:
         The loss, float32 (float64 for float64 logits), the same on every rank; with `return_stats`, a pair of it and

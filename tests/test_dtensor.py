@@ -433,6 +433,15 @@ def strided_shards_are_refused(mesh: DeviceMesh) -> None:
     assert_raise(mesh, sentence, partial(fused_mixce_loss, logits, torch.zeros(2, 4).long()))
 
 
+def shards_of_other_sizes_are_refused(mesh: DeviceMesh) -> None:
+    """DTensor splits as torch.chunk does; what was put together otherwise would have its columns elsewhere."""
+    own = torch.zeros(2, 4, 4 if mesh.get_local_rank() == 0 else 6)
+    shape = {"shape": torch.Size((2, 4, 10)), "stride": (40, 10, 1)}
+    logits = DTensor.from_local(own, mesh, (Shard(2),), run_check=False, **shape)
+    sentence = "ValueError: expected 5 of 10 columns here, as DTensor splits them, got [46]"
+    assert_raise(mesh, sentence, partial(fused_mixce_loss, logits, torch.zeros(2, 4).long()))
+
+
 def bad_targets(mesh: DeviceMesh, backend: str) -> None:
     """IndexError on every rank, in the words of one process, also of a rank that has other tokens."""
     for placement, distributed in itertools.product((Replicate(), Shard(0), Shard(1), Shard(2)), (False, True)):
@@ -616,6 +625,7 @@ CHECKS: dict[Callable[..., None], str] = {
 WITHOUT_BACKENDS: dict[Callable[..., None], str] = {
     collectives: "2",
     strided_shards_are_refused: "2",
+    shards_of_other_sizes_are_refused: "2",
     what_is_refused: "4",
 }
 # The reference overwrites nothing, and its compilation is PyTorch's.
