@@ -49,7 +49,8 @@ def mixce_loss(logits: Tensor, targets: Tensor, eta: float | Tensor, **options: 
     else:
         found = vocab_parallel_mixce_loss(
             local, tokens.local(targets), eta, group=split.mesh.get_group(split.vocab),
-            vocab_start=split.vocab_start(logits.shape[-1], local.shape[-1]), vocab_size=logits.shape[-1], check_group=False, **options,
+            vocab_start=split.vocab_start(logits.shape[-1], local.shape[-1]), vocab_size=logits.shape[-1],
+            check_group=False, **options,
         )  # fmt: skip
     if overwrites and local._version != version:
         increment_version(logits)
