@@ -62,10 +62,10 @@ def has_dtensor(*values: object) -> bool:
     """Whether a value is a tensor distributed over a mesh of devices."""
     if all(type(value) in (Tensor, Parameter, float, int, type(None)) for value in values):
         return False
-    if not torch.distributed.is_available():
+    try:
+        from torch.distributed.tensor import DTensor
+    except ImportError:  # torch 2.4, or built without torch.distributed
         return False
-    from torch.distributed.tensor import DTensor
-
     return any(isinstance(value, DTensor) for value in values)
 
 
