@@ -69,7 +69,8 @@ def write_part(
     logits = narrowed(logits, columns.number)
     backend.forward(logits, asked, None, 1.0, alone, results, None, None)
     m_and_s = part[:2].copy_(state[:2])
-    # Without a finite logit there is no difference to it; a NaN among the logits shows in s.
+    # Some kernels' m is finite in a row of -inf. Such a row has no differences; a NaN among its logits shows in s.
+    m_and_s[0].masked_fill_(m_and_s[1] == -torch.inf, -torch.inf)
     nll = stats[0] if smooth or with_stats else loss
     torch.sub(m_and_s[1], nll, out=part[2]).nan_to_num_(0.0, torch.inf, -torch.inf).masked_fill_(
         nearest != local, torch.inf
