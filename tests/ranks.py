@@ -77,6 +77,20 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
         return [pickle.loads((Path(folder) / f"{rank}.result").read_bytes()) for rank in range(world_size)]
 
 
+def what_goes_wrong(calls: dict[str, Callable[[], None]]) -> dict[str, str]:
+    """What each call raises on this rank, with its traceback, by its name; empty where it went well."""
+    wrong = {}
+    for name, call in calls.items():
+        try:
+            call()
+            wrong[name] = ""
+        except Exception:
+            # Here too, in case the others wait for this rank in a collective, and all of them come to nothing.
+            traceback.print_exc()
+            wrong[name] = f"rank {dist.get_rank()} of {dist.get_world_size()}: {traceback.format_exc()}"
+    return wrong
+
+
 def _wait_for(processes: list[Any], deadline: float) -> list[int]:
     """Waits for all, or until the deadline or shortly after a failure; those that failed, then those that still run."""
     running = {process.sentinel: rank for rank, process in enumerate(processes)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import traceback
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ from cases import BFLOAT16
 from conftest import EMULATED, INTERPRETED
 from inputs import build
 from linear_cases import LINEAR, build_linear, check_linear
-from ranks import run_ranks
+from ranks import run_ranks, what_goes_wrong
 from shards import everyone
 from test_linear_parallel import assert_all_close, check_linear_statistics, collectives_of, raised
 from test_loss import check
@@ -652,17 +651,10 @@ def try_all() -> dict[str, str]:
             calls[f"{check_.__name__}-{backend}"] = mesh, partial(check_, meshes[mesh], backend)
     for check_, mesh in WITHOUT_BACKENDS.items():
         calls[check_.__name__] = mesh, partial(check_, meshes if check_ is what_is_refused else meshes[mesh])
-    wrong = {}
-    for name, (mesh, call) in calls.items():
-        if name in {*TABLE, *LINEAR_TABLE, *RUNS} and dist.get_rank() < meshes[mesh].size():
-            try:
-                call()
-                wrong[name] = ""
-            except Exception:
-                # Here too, in case the others wait for this rank in a collective, and all of them come to nothing.
-                traceback.print_exc()
-                wrong[name] = f"rank {dist.get_rank()} of {mesh}: {traceback.format_exc()}"
-    return wrong
+    tried = {*TABLE, *LINEAR_TABLE, *RUNS}
+    return what_goes_wrong(
+        {name: call for name, (mesh, call) in calls.items() if name in tried and dist.get_rank() < meshes[mesh].size()}
+    )
 
 
 @pytest.fixture(scope="module")

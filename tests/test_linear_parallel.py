@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ from cases import BFLOAT16
 from conftest import EMULATED, INTERPRETED
 from linear_cases import LINEAR, LinearCase, LinearInputs, build_linear, check_linear
 from numerics import to_numpy
-from ranks import run_ranks
+from ranks import run_ranks, what_goes_wrong
 from shards import PADDING, SPLITS, column_range, everyone
 from torch import Tensor
 
@@ -528,17 +527,9 @@ def try_all() -> dict[str, str]:
     calls |= {
         f"{backend}-{check.__name__}": (CHECKS[check], partial(check, backend=backend)) for check, backend in RUNS
     }
-    wrong = {}
-    for name, (size, call) in calls.items():
-        if dist.get_rank() < size:
-            try:
-                call(groups[size - 1])
-                wrong[name] = ""
-            except Exception:
-                # Here too, in case the others wait for this rank in a collective, and all of them come to nothing.
-                traceback.print_exc()
-                wrong[name] = f"rank {dist.get_rank()} of {size}: {traceback.format_exc()}"
-    return wrong
+    return what_goes_wrong(
+        {name: partial(call, groups[size - 1]) for name, (size, call) in calls.items() if dist.get_rank() < size}
+    )
 
 
 @pytest.fixture(scope="module")
