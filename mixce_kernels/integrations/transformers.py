@@ -1,0 +1,316 @@
+"""The loss for Hugging Face Transformers: of a causal language model's logits, or without logits.
+
+`MixCEForCausalLMLoss` is the callable for `model.loss_function` and for `Trainer(compute_loss_func=...)`.
+`with_linear_mixce_loss` gives a model whose loss comes straight from its hidden states.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from mixce_kernels.functional import fused_mixce_loss
+from mixce_kernels.integrations.causal_lm import CausalLMHead, next_token_targets, output_embeddings
+from mixce_kernels.integrations.metrics import TokenMetrics
+from mixce_kernels.integrations.versions import require
+from mixce_kernels.linear import fused_linear_mixce_loss
+from mixce_kernels.modules import LinearMixCELoss, MixCELoss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# 4.49 is the first release whose models take another loss by assignment.
+OLDEST_TRANSFORMERS, BELOW_TRANSFORMERS = "4.49", "6"
+transformers = require("transformers", OLDEST_TRANSFORMERS, BELOW_TRANSFORMERS)
+
+
+# The losses are no nn.Modules: assigned to `model.loss_function`, one would become a submodule of that name, and the
+# property of that name would still give the model's own loss.
+class _CausalLMLoss:
+    """What both losses keep over a training run."""
+
+    def __init__(self, checked: MixCELoss | LinearMixCELoss, metrics: TokenMetrics | None) -> None:
+        self.eta = checked.eta
+        self.options = checked.options
+        self.metrics = metrics
+
+    def _arguments(
+        self, values: Tensor, num_items_in_batch: float | Tensor | None, ignore_index: int | None
+    ) -> dict[str, Any]:
+        """The keywords of the function for a batch of logits or hidden states."""
+        # The last of a model's devices need not be the one that eta was made for.
+        eta = self.eta.to(values.device, non_blocking=True) if isinstance(self.eta, Tensor) else self.eta
+        arguments = {**self.options, "eta": eta, "num_items_in_batch": num_items_in_batch}
+        if ignore_index is not None:
+            arguments["ignore_index"] = ignore_index
+        return {**arguments, "return_stats": self.metrics is not None}
+
+    def _measured(self, result: Any, targets: Tensor, ignore_index: int) -> Tensor:
+        """The loss alone; its statistics go to the metrics."""
+        if self.metrics is None:
+            return result
+        loss, stats = result
+        self.metrics.update(stats, targets, ignore_index)
+        return loss
+
+
+class MixCEForCausalLMLoss(_CausalLMLoss):
+    """`fused_mixce_loss` in the place of Transformers' `ForCausalLMLoss`.
+
+    Both of these train with it:
+
+        model.loss_function = MixCEForCausalLMLoss(eta=0.5)      # then model(input_ids, labels=labels).loss
+        Trainer(model, ..., compute_loss_func=MixCEForCausalLMLoss(eta=0.5))
+
+    Logits are read in their own type, without a float32 copy, and where they lie: the labels are shifted.
+    Source: Zhang et al., "MixCE", ACL 2023 (arXiv 2305.16958).
+
+    Attributes:
+        eta: mixing ratio; assign a number or a tensor to schedule it.
+        metrics: the `TokenMetrics` that every call's tokens are added to, or None.
+    """
+
+    def __init__(
+        self,
+        eta: float | Tensor = 0.5,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        inplace_backward: bool = False,
+        grad_in_forward: bool = False,
+        metrics: TokenMetrics | None = None,
+        validate: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        """Takes the options of `fused_mixce_loss`.
+
+        Args:
+            eta: mixing ratio in [0, 1]: a number, or a floating tensor that broadcasts to the labels' shape.
+            ignore_index: the label of tokens without a loss, unless the call says another.
+            label_smoothing, z_loss, inplace_backward, grad_in_forward, validate, backend: as in `fused_mixce_loss`.
+            softcap, logit_scale: likewise, and after those of the model, whose logits are capped and scaled already.
+            metrics: what collects nll, q, entropy, accuracy, ... of each call from the same pass.
+
+        Raises:
+            TypeError: an option is not a number.
+            ValueError: an option is outside its range.
+        """
+        checked = MixCELoss(
+            eta,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            inplace_backward=inplace_backward,
+            grad_in_forward=grad_in_forward,
+            validate=validate,
+            backend=backend,
+        )
+        super().__init__(checked, metrics)
+
+    def __call__(
+        self,
+        logits: Any,  # [..., T, V], or a model's outputs with such logits
+        labels: Tensor | None,  # [..., T]
+        vocab_size: int | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        ignore_index: int | None = None,
+        shift_labels: Tensor | None = None,  # [..., T]
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss of a batch, as models and `Trainer` call it.
+
+        Args:
+            logits: [..., T, V] of each position, float32, bfloat16, float16 or float64; or the model's outputs (a
+                mapping, an object with `logits`, or a tuple whose first entry they are), as `compute_loss_func` gets
+                them.
+            labels: [..., T], integers: the tokens themselves. Position t is trained on the label of t + 1.
+            vocab_size: V, which models pass; checked.
+            num_items_in_batch: the divisor of the sum of the tokens' losses: the number of tokens of all micro-batches,
+                which `Trainer` counts. None: the number of this batch's.
+            ignore_index: replaces the constructor's.
+            shift_labels: [..., T], labels that are shifted already, in place of `labels`.
+            **kwargs: what a model hands on besides; not used.
+
+        Returns:
+            The loss: a float32 (float64 for float64 logits) scalar.
+
+        Raises:
+            TypeError: there are no labels or no logits.
+            ValueError: labels do not fit the logits, as where one of them is shifted already; or the vocabulary has
+                another size.
+            IndexError, RuntimeError: as `fused_mixce_loss`.
+        """
+        logits = logits_of(logits)
+        if vocab_size is not None and logits.shape[-1:] != (vocab_size,):
+            raise ValueError(f"expected logits of shape [..., T, {vocab_size}], got {list(logits.shape)}")
+        arguments = self._arguments(logits, num_items_in_batch, ignore_index)
+        targets = next_token_targets(logits, labels, shift_labels, arguments["ignore_index"], "logits")
+        return self._measured(fused_mixce_loss(logits, targets, **arguments), targets, arguments["ignore_index"])
+
+
+class LinearMixCEForCausalLMLoss(_CausalLMLoss):
+    """`fused_linear_mixce_loss` of a causal language model's last hidden states, for `with_linear_mixce_loss`.
+
+    Attributes:
+        head: how the model's logits come from its hidden states.
+        eta, metrics: as in `MixCEForCausalLMLoss`.
+    """
+
+    def __init__(
+        self, head: CausalLMHead, eta: float | Tensor, metrics: TokenMetrics | None, options: Mapping[str, Any]
+    ) -> None:
+        """Takes the head and the options of `with_linear_mixce_loss`; raises as that does."""
+        super().__init__(LinearMixCELoss(eta, logit_scale=head.logit_scale, softcap=head.softcap, **options), metrics)
+        self.head = head
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        hidden: Tensor,  # [..., T, D]
+        labels: Tensor | None,  # [..., T]
+        num_items_in_batch: float | Tensor | None = None,
+        ignore_index: int | None = None,
+        shift_labels: Tensor | None = None,  # [..., T]
+    ) -> Tensor:
+        """The loss of a batch by the model's output embeddings; arguments, result and errors as in the other loss."""
+        layer = output_embeddings(model)
+        arguments = self._arguments(hidden, num_items_in_batch, ignore_index)
+        targets = next_token_targets(hidden, labels, shift_labels, arguments["ignore_index"], "hidden states")
+        result = fused_linear_mixce_loss(hidden, layer.weight, targets, bias=layer.bias, **arguments)
+        return self._measured(result, targets, arguments["ignore_index"])
+
+
+def with_linear_mixce_loss(
+    model: PreTrainedModel,
+    eta: float | Tensor = 0.5,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    max_chunk_bytes: int | None = None,
+    path: str = "chunks",
+    metrics: TokenMetrics | None = None,
+    validate: bool = False,
+    backend: str | None = None,
+) -> PreTrainedModel:
+    """A causal language model that computes its loss without logits, sharing `model`'s weights.
+
+    Called with labels it runs the base model and gives hidden states and output embeddings to
+    `fused_linear_mixce_loss`; its outputs hold `loss`, and `logits` is None. Called without labels, as by `generate`,
+    it is `model`. It is a model of `model`'s class, for `Trainer`, `save_pretrained`, `torch.compile`, DDP or PEFT, and
+    neither `model` nor its class is changed. Its attribute `mixce_loss` holds `eta`, to be scheduled, and `metrics`.
+
+    A factor or a cap of the model's logits (Gemma's, Cohere's, Granite's, ...) is taken over: the model is made to
+    compute the logits of made-up hidden states once, and the numbers in its configuration that explain these are used.
+    Source: Zhang et al., "MixCE", ACL 2023 (arXiv 2305.16958).
+
+    Args:
+        model: a causal language model of Transformers whose output embeddings are a `torch.nn.Linear`, tied or not, not
+            yet wrapped by PEFT or DDP.
+        eta: mixing ratio in [0, 1]: a number, or a floating tensor that broadcasts to the labels' shape.
+        ignore_index, label_smoothing, z_loss, max_chunk_bytes, path, validate, backend: as in
+            `fused_linear_mixce_loss`.
+        metrics: what collects nll, q, entropy, accuracy, ... of each call from the same pass.
+
+    Returns:
+        The model. Its call takes what `model`'s takes, and `shift_labels`, `num_items_in_batch` and `ignore_index` as
+        `MixCEForCausalLMLoss` does.
+
+    Raises:
+        TypeError: `model` is no `transformers.PreTrainedModel`, or an option is not a number.
+        ValueError: the model has no output embeddings, or its logits are not a scaled and capped product of these and
+            its last hidden states; its `forward` was replaced; or an option is outside its range. Of a call: labels do
+            not fit; logits or a router's loss were asked for together with labels.
+    """
+    if not isinstance(model, transformers.PreTrainedModel):
+        raise TypeError(f"expected model to be a transformers.PreTrainedModel, got {type(model).__name__}")
+    if "forward" in vars(model):
+        raise ValueError(f"expected a model with the forward of its class, got {type(model).__name__} with another")
+    options = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "max_chunk_bytes": max_chunk_bytes,
+        "path": path,
+        "validate": validate,
+        "backend": backend,
+    }
+    loss = LinearMixCEForCausalLMLoss(CausalLMHead.of(model), eta, metrics, options)
+    # A shallow copy: its own attributes, but the same submodules and weights.
+    linear = copy.copy(model)
+    linear.__class__ = _class_with_linear_loss(type(model))
+    linear.mixce_loss = loss
+    return linear
+
+
+def logits_of(outputs: Any) -> Tensor:
+    """The logits [..., T, V] of a model's outputs, or these themselves; raises TypeError where there are none."""
+    logits = outputs
+    if isinstance(outputs, Mapping):
+        logits = outputs.get("logits")
+    elif isinstance(outputs, tuple) and outputs:
+        logits = outputs[0]
+    elif not isinstance(outputs, Tensor):
+        logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"expected logits, or a model's outputs with logits, got {type(outputs).__name__} without")
+    return logits
+
+
+@functools.cache
+def _class_with_linear_loss(base: Any) -> Any:
+    """The subclass of a causal language model's class whose forward computes its loss without logits."""
+
+    # Wrapped, since Trainer reads off the signature which columns of a data set the model takes.
+    @functools.wraps(base.forward)
+    def forward(
+        self: Any,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: float | Tensor | None = None,
+        ignore_index: int | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None and shift_labels is None:
+            if return_dict is not None:
+                kwargs["return_dict"] = return_dict
+            return base.forward(self, input_ids, *args, **kwargs)
+        if args:
+            raise ValueError("expected arguments besides input_ids by name, together with labels")
+        for name in ("logits_to_keep", "num_logits_to_keep"):
+            kept = kwargs.pop(name, 0)
+            if isinstance(kept, Tensor) or kept:
+                raise ValueError(f"expected no {name} together with labels, since the loss is that of all positions")
+        if kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False)):
+            raise ValueError("expected output_router_logits=False, since the router's loss is not computed here")
+        kwargs.setdefault("use_cache", False)
+        backbone = self.get_submodule(self.mixce_loss.head.backbone)
+        outputs = backbone(input_ids=input_ids, return_dict=True, **kwargs)
+        loss = self.mixce_loss(self, outputs.last_hidden_state, labels, num_items_in_batch, ignore_index, shift_labels)
+        result = transformers.modeling_outputs.CausalLMOutput(
+            loss=loss, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
+        )
+        return result if return_dict is not False else result.to_tuple()
+
+    # Trainer is to pass num_items_in_batch whatever the signature says. Name and module are the model's own, which
+    # save_pretrained writes into the configuration.
+    attributes = {
+        "forward": forward,
+        "accepts_loss_kwargs": True,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base)(base.__name__, (base,), attributes)
