@@ -4,6 +4,7 @@
     python examples/train_gpt.py --eta 0.5
     python examples/train_gpt.py --loss cross_entropy         # the baseline: the same as --eta 1
     python examples/train_gpt.py --text book.txt --device cuda --dtype bfloat16
+    python examples/train_gpt.py --compare 1 0.9 0.5 0 --seeds 0 1 2    # samples of several etas beside human text
 
 The default text is the English documentation inside every Python: the language reference of `pydoc_data.topics` and,
 because that alone supports fewer than 10,000 BPE entries, the docstrings of the standard library's modules.
@@ -33,7 +34,7 @@ from mixce_kernels import MixCELoss
 
 LOSSES = ("fused", "reference", "cross_entropy")
 HELD_OUT_SHARE = 0.05
-HELD_OUT_TOKENS = 8192  # at most: an evaluation costs as much as a few training steps
+EVALUATED_TOKENS = 8192  # at most: an evaluation costs as much as a few training steps
 
 
 def python_documentation() -> str:
@@ -67,6 +68,15 @@ def tokenize(text: str, vocab_size: int) -> tuple[Tensor, int]:
     return torch.tensor(tokenizer.encode(text).ids), tokenizer.get_vocab_size()
 
 
+class Corpus(NamedTuple):
+    """A text's tokens, and what is held out of the training."""
+
+    characters: int
+    train_tokens: Tensor  # [M]
+    held_out: Tensor  # [H]
+    vocab_size: int
+
+
 class Block(nn.Module):
     """A pre-norm transformer block: causal self-attention, then a perceptron."""
 
@@ -80,12 +90,20 @@ class Block(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, hidden: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
+    def forward(self, hidden: Tensor, past: list[Tensor] | None = None) -> Tensor:  # [B, T, D] -> [B, T, D]
+        """With `past`, the keys and values of earlier positions, to which those of hidden are added."""
         qkv = self.qkv(self.attention_norm(hidden))
         query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(
             2, 0, 3, 1, 4
         )  # each [B, heads, T, D / heads]
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        if past is not None:
+            key, value = (
+                torch.cat((*old, new), 2) for old, new in zip((past[:1], past[1:]), (key, value), strict=True)
+            )
+            past[:] = key, value
+        assert query.shape[2] in (1, key.shape[2])
+        # A single position comes after all others; several are the first ones.
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=query.shape[2] > 1)
         hidden = hidden + self.projection(attended.transpose(1, 2).flatten(2))
         return hidden + self.mlp(hidden)
 
@@ -97,14 +115,20 @@ class GPT(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Embedding(block_size, width)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         for embedding in (self.tokens, self.positions):
             nn.init.normal_(embedding.weight, std=0.02)
 
-    def forward(self, tokens: Tensor) -> Tensor:  # [B, T] -> logits [B, T, V]
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
-        hidden = self.blocks(self.tokens(tokens) + self.positions(positions))
+    def forward(self, tokens: Tensor, cache: list[list[Tensor]] | None = None) -> Tensor:  # [B, T] -> logits [B, T, V]
+        """With a cache, an empty list at first, which keeps keys and values, single tokens follow those of before."""
+        start = cache[0][0].shape[2] if cache else 0
+        positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        hidden = self.tokens(tokens) + self.positions(positions)
+        if cache is not None and not cache:
+            cache += [[] for _ in self.blocks]
+        for layer, block in enumerate(self.blocks):
+            hidden = block(hidden, None if cache is None else cache[layer])
         return F.linear(self.norm(hidden), self.tokens.weight)
 
 
@@ -225,28 +249,85 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="bfloat16 is autocast")
-    parser.add_argument("--out", type=Path, default=Path("build/train_gpt"), help="for curve.csv and curve.png")
+    parser.add_argument("--out", type=Path, default=Path("build/train_gpt"), help="folder for tables and plots")
+    parser.add_argument("--held-out-tokens", type=int, default=EVALUATED_TOKENS, help="at most; the text's end")
+    comparison = parser.add_argument_group("comparison of etas", "writes compare_eta.csv, .md and .png, and no curve")
+    comparison.add_argument(
+        "--compare", type=mixing_ratio, nargs="*", metavar="ETA", help="the etas; after no number 1 0.9 0.5 0.1 0"
+    )
+    comparison.add_argument("--seeds", type=int, nargs="+", help="without any, that of --seed")
+    comparison.add_argument("--prompt-tokens", type=int, default=32, help="of held-out text before each sample")
+    comparison.add_argument("--samples", type=int, default=60, help="sequences, each to the end of a block")
     return parser.parse_args(argv)
+
+
+def load_corpus(args: argparse.Namespace) -> Corpus:
+    text = args.text.read_text(encoding="utf-8") if args.text else python_documentation()
+    tokens, vocab_size = tokenize(text, args.vocab_size)
+    held_out_count = min(args.held_out_tokens, int(HELD_OUT_SHARE * len(tokens)))
+    if held_out_count <= args.block_size:
+        raise SystemExit(
+            f"expected over {args.block_size} held-out tokens, got {held_out_count}: a text of {len(tokens)} tokens "
+            f"allows {int(HELD_OUT_SHARE * len(tokens))}, --held-out-tokens {args.held_out_tokens}"
+        )
+    return Corpus(len(text), tokens[:-held_out_count], tokens[-held_out_count:], vocab_size)
+
+
+def new_model(corpus: Corpus, args: argparse.Namespace) -> GPT:
+    """A model of random weights, and of a seed's own."""
+    torch.manual_seed(args.seed)
+    return GPT(corpus.vocab_size, args.block_size, args.layers, args.width, args.heads).to(args.device)
+
+
+def train_once(args: argparse.Namespace) -> None:
+    """One training, and its curve."""
+    corpus = load_corpus(args)
+    model = new_model(corpus, args)
+    announce(corpus, model)
+    curve = train(model, corpus.train_tokens, corpus.held_out[:EVALUATED_TOKENS], args)
+    save_curve(curve, f"{title(args)}, vocabulary of {corpus.vocab_size:,}", args.out)
+    print(f"held-out perplexity {curve[-1].perplexity:.2f}; curve in {args.out}/curve.csv and curve.png")
+
+
+def compare_etas(args: argparse.Namespace) -> None:
+    """A training for each eta and seed, their samples beside human text."""
+    # Here, because a training alone needs none of it.
+    from compare_eta import check_comparison, compare
+
+    check_comparison(args)
+    corpus = load_corpus(args)
+    announce(corpus, new_model(corpus, args))
+
+    def train_model(eta: float, seed: int) -> GPT:
+        of_one = argparse.Namespace(**{**vars(args), "eta": eta, "seed": seed})
+        model = new_model(corpus, of_one)
+        train(model, corpus.train_tokens, corpus.held_out[:EVALUATED_TOKENS], of_one)
+        return model
+
+    text_facts = {
+        "text": args.text.name if args.text else "Python's documentation",
+        "train_tokens": len(corpus.train_tokens),
+        "held_out_tokens": len(corpus.held_out),
+        "vocab_size": corpus.vocab_size,
+    }
+    compare(train_model, corpus.held_out, text_facts, args)
+
+
+def announce(corpus: Corpus, model: nn.Module) -> None:
+    parameters = sum(weight.numel() for weight in model.parameters())
+    print(
+        f"{corpus.characters:,} characters, {len(corpus.train_tokens):,} training and {len(corpus.held_out):,} "
+        f"held-out tokens, vocabulary of {corpus.vocab_size:,}, {parameters:,} parameters"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    text = args.text.read_text(encoding="utf-8") if args.text else python_documentation()
-    tokens, vocab_size = tokenize(text, args.vocab_size)
-    held_out_count = min(HELD_OUT_TOKENS, int(HELD_OUT_SHARE * len(tokens)))
-    if held_out_count <= args.block_size:
-        raise SystemExit(f"expected a text of over {int(args.block_size / HELD_OUT_SHARE)} tokens, got {len(tokens)}")
-    train_tokens, held_out = tokens[:-held_out_count], tokens[-held_out_count:]
-    model = GPT(vocab_size, args.block_size, args.layers, args.width, args.heads).to(args.device)
-    print(
-        f"{len(text):,} characters, {len(train_tokens):,} training and {len(held_out):,} held-out tokens, "
-        f"vocabulary of {vocab_size:,}, {sum(weight.numel() for weight in model.parameters()):,} parameters"
-    )
-    curve = train(model, train_tokens, held_out, args)
-    save_curve(curve, f"{title(args)}, vocabulary of {vocab_size:,}", args.out)
-    print(f"held-out perplexity {curve[-1].perplexity:.2f}; curve in {args.out}/curve.csv and curve.png")
+    if args.compare is None:
+        train_once(args)
+    else:
+        compare_etas(args)
 
 
 if __name__ == "__main__":
