@@ -27,7 +27,10 @@ avg. js: the squared Jensen-Shannon distance of the rows of the learned and the 
 over the rows. avg. 0s: the mean learned probability where the true one is 0. Both of the epoch with the least held-out
 loss, mean ± standard deviation over the seeds; less is better. eta = 1 is maximum likelihood; "js less" and "0s less"
 count the seeds in which an eta's number is less than that of eta = 1, with the same data, initial weights, order and
-dropout."""
+dropout.
+
+The held-out loss has the eta of training. For eta < 1 its value is not what training descends, because q is a constant
+to the gradient: it can rise while the matrix is still getting better, and then an early epoch is selected."""
 
 
 @dataclass(frozen=True)
