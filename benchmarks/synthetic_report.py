@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from report import MACHINE, Row, groups, machine_line, text_table
+from synthetic_data import transition_matrix
+from synthetic_metrics import optimum_js
 
 # What one run is of, with what sizes, then its results.
 KEY = ("vocab", "eta", "seed")
@@ -28,6 +30,11 @@ over the rows. avg. 0s: the mean learned probability where the true one is 0. Bo
 loss, mean ± standard deviation over the seeds; less is better. eta = 1 is maximum likelihood; "js less" and "0s less"
 count the seeds in which an eta's number is less than that of eta = 1, with the same data, initial weights, order and
 dropout.
+
+"js of optimum" is what the loss asks for: the avg. js where its expected gradient is 0, of a model without limits and
+data without end, mean over the seeds' matrices. Because q is a constant to the gradient, the optimum is the true matrix
+for eta = 1 alone; for eta < 1 the likely symbols of a row become likelier than they are. At eta = 0 each single symbol
+is an optimum.
 
 The held-out loss has the eta of training. For eta < 1 its value is not what training descends, because q is a constant
 to the gradient: it can rise while the matrix is still getting better, and then an early epoch is selected."""
@@ -60,6 +67,10 @@ class Vocabulary:
     def values(self, eta: float, metric: str) -> list[float]:
         """The metric of each seed."""
         return [float(self.rows[eta, seed][metric]) for seed in self.seeds]
+
+    def optimum(self, eta: float) -> float:
+        """The mean over the seeds of the avg. js that the loss asks for."""
+        return mean(optimum_js(transition_matrix(self.n, seed), eta) for seed in self.seeds)
 
     def less(self, eta: float, metric: str) -> int | None:
         """In how many seeds the metric is less than that of maximum likelihood; None without that."""
@@ -167,7 +178,7 @@ def _verdicts(one: Vocabulary, metric: str, etas: list[float]) -> str:
 
 
 def _titles() -> tuple[str, ...]:
-    return ("eta", *METRICS.values(), "seeds", "js less", "0s less", "best epoch")
+    return ("eta", *METRICS.values(), "seeds", "js less", "0s less", "js of optimum", "best epoch")
 
 
 def _cells(one: Vocabulary) -> list[tuple[str, ...]]:
@@ -180,7 +191,8 @@ def _cells(one: Vocabulary) -> list[tuple[str, ...]]:
         name = f"{eta:g}" + (" (best)" if eta == one.best else "")
         numbers = [_spread(one.values(eta, metric)) for metric in METRICS]
         epoch = f"{mean(one.values(eta, 'best_epoch')):.3g}"
-        body.append((name, *numbers, str(len(one.seeds)), *counts, epoch))
+        optimum = f"{round(one.optimum(eta), 12):.3g}" if eta > 0 else ""
+        body.append((name, *numbers, str(len(one.seeds)), *counts, optimum, epoch))
     return body
 
 

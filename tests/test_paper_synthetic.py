@@ -18,7 +18,7 @@ import synthetic_train  # noqa: E402
 from paper_synthetic import Results, arguments, main, settings  # noqa: E402
 from report import MACHINE, read_csv, write_csv  # noqa: E402
 from synthetic_data import BOS, Sequences, sample, transition_matrix  # noqa: E402
-from synthetic_metrics import Metrics, compare, jensen_shannon  # noqa: E402
+from synthetic_metrics import Metrics, compare, jensen_shannon, optimum, with_first  # noqa: E402
 from synthetic_model import HIDDEN_SIZE, KEPT_SHARE, Bigram, dropout_mask, held_out_loss  # noqa: E402
 from synthetic_pool import run_all  # noqa: E402
 from synthetic_report import (  # noqa: E402
@@ -34,6 +34,8 @@ from synthetic_report import (  # noqa: E402
     vocabularies,
 )
 from synthetic_train import PATIENCE, Selection, Setting, batches, run  # noqa: E402
+
+from mixce_kernels import fused_mixce_loss  # noqa: E402
 
 # Binomial deviations that no count may exceed: among some thousand counts, chance does so once in some hundred runs of
 # other seeds; these are fixed.
@@ -234,6 +236,20 @@ def test_metrics_leave_out_bos_column_and_eos_row():
     assert compare(np.where(np.arange(4)[:, None] == 3, 7.0, probabilities), matrix) == compare(probabilities, matrix)
 
 
+@pytest.mark.parametrize("eta", [0.01, 0.3, 0.99, 1.0])
+def test_the_gradient_is_0_at_the_optimum_and_not_at_the_truth(eta):
+    true = with_first(transition_matrix(20, 7))
+    found = optimum(true, eta)
+    np.testing.assert_allclose(found.sum(1), 1.0, rtol=1e-9)
+    assert ((found > 0) == (true > 0)).all()
+    for q, is_optimum in ((found, True), (true, eta == 1.0)):
+        logits = torch.from_numpy(np.log(np.maximum(q, 1e-300))).requires_grad_()
+        every_target = torch.arange(20).repeat(20, 1)
+        each = fused_mixce_loss(logits[:, None].expand(-1, 20, -1), every_target, eta, reduction="none")
+        (gradient,) = torch.autograd.grad((each * torch.from_numpy(true)).sum(), logits)
+        assert (gradient.abs().max() < 1e-9) == is_optimum
+
+
 @pytest.mark.parametrize(
     ("losses", "epochs", "best"),
     [
@@ -420,8 +436,8 @@ def test_sentences_say_where_maximum_likelihood_is_beaten_and_where_not(tmp_path
     )
     assert text[4].startswith("In 1 of 8 runs the last epoch allowed was the best")
     summary = synthetic_summary(rows_of(results, tmp_path / "some.csv"))
-    assert "| 0.5 (best) | 0.15 ± 0.07 | 0.02 ± 0 | 2 | 2 | 2 | 29.5 |" in summary
-    assert "| 1 | 0.25 ± 0.07 | 0.035 ± 0.007 | 2 |  |  | 9 |" in summary
+    assert "| 0.5 (best) | 0.15 ± 0.07 | 0.02 ± 0 | 2 | 2 | 2 | 0.00221 | 29.5 |" in summary
+    assert "| 1 | 0.25 ± 0.07 | 0.035 ± 0.007 | 2 |  |  | 0 | 9 |" in summary
     assert "Not run, of the paper's vocabularies: n = 50, 100, 500, 1000." in summary
     assert "Run, of n = 20: 9 of 35 models." in summary
 
