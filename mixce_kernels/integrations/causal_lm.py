@@ -57,7 +57,7 @@ def next_token_targets(
             f"expected {name} and labels that are not shifted yet, got views without the last position and without "
             "the first: pass both as they are, or the shifted labels as shift_labels"
         )
-    return F.pad(given[..., 1:], (0, 1), value=ignore_index)
+    return F.pad(given, (0, 1), value=ignore_index)[..., 1:]
 
 
 def _are_shifted_views(values: Tensor, labels: Tensor) -> bool:
@@ -109,8 +109,8 @@ class CausalLMHead(NamedTuple):
             trial = _Trial.of(model, head, hidden)
             if trial is not None:
                 raw = head(trial.hidden).double()
-                # Two roundings of the model's own and one of the factor, in its dtype.
-                tolerance = 8 * torch.finfo(hidden.dtype).eps
+                # Some roundings of the model's own, in its dtype or the one that it turns logits into.
+                tolerance = 8 * max(torch.finfo(hidden.dtype).eps, torch.finfo(trial.logits.dtype).eps)
                 for logit_scale, softcap in _candidates(model):
                     candidate = cls(trial.backbone, logit_scale, softcap)
                     expected = candidate.apply(raw)
@@ -136,7 +136,8 @@ def output_embeddings(model: PreTrainedModel) -> nn.Linear:
         raise ValueError(f"expected a model with output embeddings, got {type(model).__name__}, which has none")
     # A subclass may hold the weight in another form, or an adapter beside it.
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        raise ValueError(f"expected output embeddings that are a torch.nn.Linear, got {type(head).__name__}")
+        kind = f"{type(head).__module__}.{type(head).__qualname__}"
+        raise ValueError(f"expected output embeddings that are a torch.nn.Linear, got {kind}")
     return head
 
 

@@ -247,7 +247,7 @@ def with_linear_mixce_loss(
     loss = LinearMixCEForCausalLMLoss(CausalLMHead.of(model), eta, metrics, options)
     # A shallow copy: its own attributes, but the same submodules and weights.
     linear = copy.copy(model)
-    linear.__class__ = _class_with_linear_loss(type(model))
+    linear.__class__ = _class_with_linear_loss(model.__class__)
     linear.mixce_loss = loss
     return linear
 
