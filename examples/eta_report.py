@@ -7,6 +7,7 @@ writes, next to the CSV, its table in Markdown and its plot.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections import Counter
@@ -27,14 +28,21 @@ same batches. Samples are drawn at temperature 1 from the whole distribution, af
 is what follows the same prompts there, in as many tokens. Distinct: unique n-grams over all n-grams of all sequences.
 Repeated: n-grams that occurred before in the same sequence (seq-rep-n). Nearest to human text is best, not most. The
 perplexity of own samples is under the model that drew them: that of a model which knows the text's distribution is its
-held-out perplexity, that of one which is too sure of itself is lower."""
+held-out perplexity, that of one which is too sure of itself is lower. No count says whether a text makes sense, and
+whatever sharpens a model lowers its diversity."""
 
 
 def _mean_text(values: list[float], digits: int) -> str:
     if not values:
         return ""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    # A perplexity that has exploded has no digits worth a column's width.
+    form = ".2g" if max(values) >= 1e6 else f".{digits}f"
+    deviation = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):{form}}{deviation}"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"
 
 
 def _cells(rows: list[Row]) -> list[list[str]]:
@@ -100,15 +108,31 @@ def conclusions(rows: list[Row]) -> list[str]:
         if metric.best == "human" and list(means.values()).count(means[ranked[0]]) == 1:
             nearest[ranked[0]] += 1
             beats_one += "1" in ranked[1:] and _wins(losses[ranked[0]], losses["1"]) == seeds
+    sentences.append(_sureness(rows, etas))
     measures = sum(metric.best == "human" for metric in METRICS.values())
     counted = ", ".join(f"eta = {eta} in {nearest[eta]}" for eta in etas)
     shared = f", and several alike in {measures - nearest.total()}" if nearest.total() < measures else ""
     sentences.append(f"Of {measures} measures of the samples, nearest to human text is {counted}{shared}.")
     if "1" in etas and len(etas) > 1:
         sentences.append(
-            f"In {beats_one} of {measures} it is a smaller eta, and nearer than eta = 1 with each of {seeds} seeds."
+            f"In {beats_one} of {measures} it is a smaller eta, and nearer than eta = 1 with each of {_seeds(seeds)}."
         )
     return sentences
+
+
+def _sureness(rows: list[Row], etas: list[str]) -> str:
+    ratios = {
+        eta: [
+            own / held_out
+            for own, held_out in zip(
+                values_of(rows, eta, "own_perplexity"), values_of(rows, eta, "perplexity"), strict=True
+            )
+        ]
+        for eta in etas
+    }
+    nearest = min(etas, key=lambda eta: statistics.mean(abs(math.log(ratio)) for ratio in ratios[eta]))
+    listed = ", ".join(f"{_mean_text(ratios[eta], 2)} for eta = {eta}" for eta in etas)
+    return f"Perplexity of own samples over held-out perplexity: {listed}; nearest to 1 is eta = {nearest}."
 
 
 def _losses(rows: list[Row], eta: str, name: str) -> list[float]:
@@ -140,7 +164,7 @@ def _sentence(name: str, ranked: list[str], losses: dict[str, list[float]], rows
         won = _wins(losses[first], losses[others[0]])
         tied = statistics.mean(losses[first]) == statistics.mean(losses[others[0]])
         sentence += f", {'as good is' if tied else 'then'} {says(others[0])}"
-        sentence += f"; the first is ahead of the second with {won} of {seeds} seeds"
+        sentence += f"; the first is ahead of the second with {won} of {_seeds(seeds)}"
         if "1" in others[1:]:
             sentence += f", and of {says('1')} with {_wins(losses[first], losses['1'])} of {seeds}"
     return f"{sentence}."
