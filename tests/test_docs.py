@@ -356,6 +356,29 @@ def check_metrics(names: Namespace) -> None:
 
 
 @contextmanager
+def with_causal_lm(names: Namespace) -> Iterator[None]:
+    import transformers
+
+    input_ids, labels = (torch.stack([row[name] for row in sequences(3)]) for name in ("input_ids", "labels"))
+    names.update(Trainer=transformers.Trainer, dataset=sequences(3), input_ids=input_ids, labels=labels)
+    names["arguments"] = transformers.TrainingArguments(**plain_training_options(max_steps=1))
+    names["model"] = names["given"] = causal_lm()
+    yield
+
+
+def check_trainers(names: Namespace) -> None:
+    """The loss in three places: with logits by the model and by its trainer, and without."""
+    loss_of = plain_causal_loss(names["input_ids"], names["labels"], 0.5)
+    batch = {"input_ids": names["input_ids"], "labels": names["labels"]}
+    names["loss"].backward()
+    assert names["model"] is not names["given"]
+    assert names["model"](**batch).logits is None
+    assert_trained(names["given"], names["loss"], loss_of)
+    assert_near(names["given"](**batch).loss, names["loss"])
+    assert_near(names["trainer"].compute_loss(names["given"], dict(batch)), names["loss"])
+
+
+@contextmanager
 def group_of_one() -> Iterator[Any]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -980,6 +1003,7 @@ PAGES: dict[str, Page] = {
             Step(check_accumulation),
             Step(check_metrics, with_valid_logits),
             Step(check_training_step),
+            Step(check_trainers, with_causal_lm, needs=("transformers", "accelerate")),
             Step(check_shard_call, with_group),
         ],
     ),
