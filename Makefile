@@ -1,5 +1,5 @@
-# `make benchmark`, `make benchmark-linear`, `make benchmark-parallel`, `make test` and `make lint` do all their set-up,
-# in the virtual environment .venv.
+# `make benchmark`, the other benchmarks, `make test`, `make docs` and `make lint` do all their set-up, in the virtual
+# environment .venv.
 # They take the newest torch; for another: make test TORCH=torch==2.13.0 TRITON=triton==3.7.1 (first `make clean`).
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +9,7 @@ TRITON ?= $(if $(filter Linux,$(shell uname)),triton)
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-.PHONY: benchmark benchmark-linear benchmark-parallel test lint clean
+.PHONY: benchmark benchmark-linear benchmark-parallel paper-synthetic compare-eta test docs lint clean
 
 # For example: make benchmark ARGS=--full
 benchmark: $(VENV)/installed
@@ -21,9 +21,19 @@ benchmark-linear: $(VENV)/installed
 benchmark-parallel: $(VENV)/installed
 	$(BIN)/python benchmarks/bench_parallel.py $(ARGS)
 
+# For example: make paper-synthetic ARGS=--full
+paper-synthetic: $(VENV)/installed
+	$(BIN)/python benchmarks/paper_synthetic.py $(ARGS)
+
+compare-eta: $(VENV)/installed
+	$(BIN)/python examples/train_gpt.py --compare --out benchmarks/results $(ARGS)
+
+docs: $(VENV)/installed
+	$(BIN)/mkdocs build --strict
+
 # Passive waiting, because the workers share the cores: threads that spin would take them from one another. A file stays
 # with its worker, which builds or starts once what its tests share; those with long tests come first.
-test: $(VENV)/installed
+test: $(VENV)/installed $(VENV)/oldest $(VENV)/peers
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/linters
@@ -42,9 +52,25 @@ $(BIN)/python:
 $(VENV)/installed: setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
 	rm -f mixce_kernels/_C.*.so
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--editable '.[benchmark,examples,test]' $(TORCH) $(TRITON)
+		--editable '.[benchmark,docs,examples,test,transformers,trl]' $(TORCH) $(TRITON)
 	@$(BIN)/python -c 'from mixce_kernels import _C' || \
 		echo "No native extension: $(BIN)/pip install -v -e . says why. Continuing without the backends 'cpu' and 'cuda'."
+	@touch $@
+
+# The oldest releases that the integrations take, with what they need instead of the newest's: tests/test_oldest_releases.py
+# puts a folder of them first.
+OLDEST_TRANSFORMERS := transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.2 datasets==3.6.0
+$(VENV)/oldest: Makefile | $(VENV)/installed
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@/transformers \
+		$(OLDEST_TRANSFORMERS)
+	@touch $@
+
+# Other packages whose losses docs/migration.md and docs/integrations.md compare with; without what they require, which
+# would bring another torch or Triton.
+PEERS := liger-kernel cut-cross-entropy torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring-parser typeguard
+$(VENV)/peers: Makefile | $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
 	@touch $@
 
 # The extra by itself: installing the package once more would compile it once more.
