@@ -300,14 +300,18 @@ def test_one_forward_and_no_logits(tmp_path: Path) -> None:
 
 
 def test_logits_are_never_in_memory(tmp_path: Path) -> None:
-    """No tensor of a step is as large, where only two rows of them may be in memory at a time."""
-    trainer = train(tmp_path, eta=ETA, max_steps=1, max_chunk_bytes=2 * 4 * VOCAB_SIZE, evaluate=False).trainer
+    """No operator of a step returns a tensor as large; within the loss's own, two rows may be in memory at a time."""
+    limits = {"max_chunk_bytes": 2 * 4 * VOCAB_SIZE, "backend": "cpu"}
+    trainer = train(tmp_path, eta=ETA, max_steps=1, evaluate=False, **limits).trainer
+    assert limits.items() <= trainer.mixce_loss.options.items()
     tokens = torch.randint(3, VOCAB_SIZE, (4, 16))
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
-    with LargeTensors(tokens.numel() * VOCAB_SIZE) as large:
+    # The last positions have no loss, and may be left out.
+    numel = tokens[:, 1:].numel() * VOCAB_SIZE
+    with LargeTensors(numel) as large:
         trainer.compute_loss(trainer.model.train(), inputs).backward()
     assert not large.found
-    with LargeTensors(tokens.numel() * VOCAB_SIZE) as large:
+    with LargeTensors(numel) as large:
         trainer.compute_loss(trainer.model, inputs, return_outputs=True)
     assert large.found
 
@@ -565,6 +569,17 @@ def test_arguments_that_are_refused(tmp_path: Path) -> None:
     assert config.n_gpu <= 1
     config._n_gpu = 2
     refused(ValueError, "nn.DataParallel", tmp_path, args=config)
+
+
+def test_sequence_parallelism_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = trl.SFTTrainer.__init__
+
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        own(self, *args, **kwargs)
+        self.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(sp_enabled=True))
+
+    monkeypatch.setattr(trl.SFTTrainer, "__init__", initialise)
+    refused(ValueError, "^expected sp_size=1, since the loss is not added up", tmp_path)
 
 
 def test_models_that_are_refused(tmp_path: Path) -> None:
