@@ -251,6 +251,25 @@ def test_lora() -> None:
         on_head(input_ids=tokens, labels=labels)
 
 
+def test_with_hooks_of_accelerate() -> None:
+    """As a model that a device_map spread over devices has them; here the only device is the CPU."""
+    accelerate = pytest.importorskip("accelerate")
+    tokens, labels = batch_of()
+    model = model_of("llama", torch.float64)
+    expected = oracle(model(tokens).logits, labels)
+    dispatched = accelerate.dispatch_model(model, {"": "cpu"}, force_hooks=True)
+    hooked = vars(dispatched)["forward"]
+    linear = with_linear_mixce_loss(dispatched, ETA)
+    calls = []
+    linear._hf_hook.pre_forward = lambda module, *args, **kwargs: calls.append(module) or (args, kwargs)
+    outputs = linear(tokens, labels=labels)
+    assert calls == [linear]
+    assert outputs.logits is None
+    torch.testing.assert_close(outputs.loss, expected, **TOLERANCE)
+    assert vars(dispatched)["forward"] is hooked
+    assert dispatched(tokens).logits is not None
+
+
 def ddp_gradients() -> dict[str, Tensor]:
     """The gradients of two ranks that split a batch unevenly, averaged by DDP, with the divisor of the whole batch."""
     from torch.nn.parallel import DistributedDataParallel

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +184,8 @@ class LinearMixCEForCausalLMLoss(_CausalLMLoss):
     ) -> Tensor:
         """The loss of a batch by the model's output embeddings; arguments, result and errors as in the other loss."""
         layer = output_embeddings(model)
+        # The backbone may end on another device.
+        hidden = hidden.to(layer.weight.device)
         arguments = self._arguments(hidden, num_items_in_batch, ignore_index)
         targets = next_token_targets(hidden, labels, shift_labels, arguments["ignore_index"], "hidden states")
         result = fused_linear_mixce_loss(hidden, layer.weight, targets, bias=layer.bias, **arguments)
@@ -233,7 +236,9 @@ def with_linear_mixce_loss(
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"expected model to be a transformers.PreTrainedModel, got {type(model).__name__}")
-    if "forward" in vars(model):
+    # accelerate's, where a device_map spreads the model over devices: it brings inputs to these.
+    hook = vars(model).get("_hf_hook")
+    if "forward" in vars(model) and hook is None:
         raise ValueError(f"expected a model with the forward of its class, got {type(model).__name__} with another")
     options = {
         "ignore_index": ignore_index,
@@ -249,6 +254,10 @@ def with_linear_mixce_loss(
     linear = copy.copy(model)
     linear.__class__ = _class_with_linear_loss(model.__class__)
     linear.mixce_loss = loss
+    if hook is not None:
+        for name in ("forward", "_old_forward", "_hf_hook"):
+            delattr(linear, name)
+        importlib.import_module("accelerate.hooks").add_hook_to_module(linear, hook)
     return linear
 
 
