@@ -60,10 +60,13 @@ $(VENV)/installed: setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/p
 # The oldest releases that the integrations take, with what they need instead of the newest's: tests/test_oldest_releases.py
 # puts a folder of them first.
 OLDEST_TRANSFORMERS := transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.2 datasets==3.6.0
+OLDEST_TRL := trl==1.0.0 transformers==4.56.2 tokenizers==0.22.2 huggingface_hub==0.36.2 accelerate==1.4.0 \
+	peft==0.17.1 datasets==4.7.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0
 $(VENV)/oldest: Makefile | $(VENV)/installed
 	rm -rf $@
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@/transformers \
 		$(OLDEST_TRANSFORMERS)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@/trl $(OLDEST_TRL)
 	@touch $@
 
 # Other packages whose losses docs/migration.md and docs/integrations.md compare with; without what they require, which
