@@ -55,6 +55,26 @@ def plain_training_options(**more: Any) -> dict[str, Any]:
     }
 
 
+def sft_names(**options: Any) -> dict[str, Any]:
+    """What TRL's trainers are given: a tokenizer, sequences of four lengths and options."""
+    import transformers
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{token}": token for token in range(3, VOCAB_SIZE)}}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    rows = zip(new_tokens(low=3).tolist(), (9, 4, 7, 5), strict=True)
+    return {
+        "tokenizer": transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        ),
+        "train_dataset": Dataset.from_list([{"input_ids": row[:length]} for row, length in rows]),
+        "training_options": plain_training_options(
+            learning_rate=1.0, bf16=False, gradient_checkpointing=False, **options
+        ),
+    }
+
+
 def plain_causal_loss(tokens: Tensor, labels: Tensor, eta: float) -> Callable[[Any], Tensor]:
     """The plain loss of the next tokens by a model of Transformers."""
 

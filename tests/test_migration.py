@@ -68,9 +68,10 @@ def trl_arguments() -> set[str]:
 
 
 def causal_lm_loss_arguments() -> set[str]:
-    module = pytest.importorskip("mixce_kernels.integrations.transformers", exc_type=ImportError)
-    loss = module.MixCEForCausalLMLoss
-    return arguments_of(loss, loss.__call__)
+    """Of `MixCEForCausalLMLoss` and its call, and of the configuration of `MixCESFTTrainer`."""
+    module = pytest.importorskip("mixce_kernels.integrations.trl", exc_type=ImportError)
+    loss = pytest.importorskip("mixce_kernels.integrations.transformers").MixCEForCausalLMLoss
+    return arguments_of(loss, loss.__call__, module.MixCESFTConfig)
 
 
 LOSS = partial(arguments_of, fused_mixce_loss)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from doc_blocks import Namespace, Page, Step
 from doc_checks import assert_far, assert_near, assert_trained
 from doc_models import Model, mean_of_all, mean_of_means, new_model, new_targets, new_tokens
-from doc_trainers import TRAINER, causal_lm, plain_causal_loss, plain_training_options, sequences, stacked
+from doc_trainers import TRAINER, causal_lm, plain_causal_loss, plain_training_options, sequences, sft_names, stacked
 from torch import Tensor, nn
 
 from mixce_kernels import mixce_loss_reference
@@ -85,6 +85,35 @@ def check_linear_lm(names: Namespace) -> None:
     assert torch.equal(linear(input_ids=tokens).logits, model(input_ids=tokens).logits)
     linear.mixce_loss.eta = 1.0
     assert_near(linear(input_ids=tokens, labels=tokens).loss, plain_causal_loss(tokens, tokens, 1.0)(model))
+
+
+@contextmanager
+def with_sft(names: Namespace) -> Iterator[None]:
+    names |= sft_names(max_steps=1, per_device_train_batch_size=4)
+    names["causal_lm"] = causal_lm()
+    names["start"] = copy.deepcopy(names["causal_lm"])
+    yield
+
+
+def check_sft(names: Namespace) -> None:
+    """The one step of all sequences: its loss, its metrics, and the weights after it, which the model shares."""
+    rows = [torch.tensor(row["input_ids"]) for row in names["train_dataset"]]
+    logits = torch.cat([names["start"](input_ids=row[None]).logits[0, :-1] for row in rows])
+    targets = torch.cat([row[1:] for row in rows])
+    log_p = logits.log_softmax(-1)
+    expected = {
+        "loss": mixce_loss_reference(logits, targets, 0.5),
+        "nll": F.cross_entropy(logits, targets),
+        "entropy": -(log_p.exp() * log_p).sum(-1).mean(),
+        "mean_token_accuracy": (logits.argmax(-1) == targets).float().mean(),
+    }
+    logged = names["trainer"].state.log_history[0]
+    assert logged["num_tokens"] == sum(map(len, rows))
+    for name, value in expected.items():
+        assert_near(torch.tensor(logged[name]), value, name)
+    expected["loss"].backward()
+    moved = names["causal_lm"].lm_head.weight - names["start"].lm_head.weight
+    assert_near(moved, -names["start"].lm_head.weight.grad)
 
 
 # The micro-batches of each step of the Lightning trainer.
@@ -186,6 +215,7 @@ PAGE = Page(
         Step(check_loss_function, needs=TRANSFORMERS),
         Step(check_accumulating_trainer, with_accumulating_trainer, needs=TRAINER),
         Step(check_linear_lm, needs=TRANSFORMERS),
+        Step(check_sft, with_sft, needs=("trl", "datasets", *TRAINER)),
         Step(check_lightning, with_lightning, needs=("lightning",)),
         Step(check_torchtitan_loss, needs=TORCHTITAN),
         Step(check_torchtitan_config, with_titan_config, needs=TORCHTITAN),

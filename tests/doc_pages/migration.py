@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from doc_blocks import Namespace, Page, Step
 from doc_checks import assert_far, assert_near, gradients, tolerance_of
 from doc_models import VOCAB_SIZE, new_model, new_targets, new_tokens
-from doc_trainers import causal_lm, plain_training_options
+from doc_trainers import causal_lm, sft_names
 from torch import Tensor
 
 # What may come with a loss.
@@ -79,25 +78,9 @@ def compare_with_plain_tokens(names: Namespace) -> None:
 
 @contextmanager
 def with_sft(names: Namespace) -> Iterator[None]:
-    import transformers
-    from datasets import Dataset
-    from tokenizers import Tokenizer, models
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{token}": token for token in range(3, VOCAB_SIZE)}}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-    names["tokenizer"] = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-    rows = zip(new_tokens(low=3).tolist(), (9, 4, 7, 5), strict=True)
-    names["train_dataset"] = Dataset.from_list([{"input_ids": row[:length]} for row, length in rows])
-    names["training_options"] = plain_training_options(
-        max_steps=2, per_device_train_batch_size=2, learning_rate=1.0, bf16=False, gradient_checkpointing=False
-    )
+    names |= sft_names(max_steps=2, per_device_train_batch_size=2)
     names["causal_lm"] = causal_lm
-    with warnings.catch_warnings():
-        # "TRL calls compute_loss_func deprecated": so says the page.
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+    yield
 
 
 def keep_sft(names: Namespace) -> None:
