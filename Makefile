@@ -26,7 +26,8 @@ paper-synthetic: $(VENV)/installed
 	$(BIN)/python benchmarks/paper_synthetic.py $(ARGS)
 
 compare-eta: $(VENV)/installed
-	$(BIN)/python examples/train_gpt.py --compare --out benchmarks/results $(ARGS)
+	$(BIN)/python examples/train_gpt.py --compare 1 0.9 0.5 0.1 0 --seeds 0 1 --threads 1 --steps 1100 \
+		--vocab-size 2048 --held-out-tokens 32768 --samples 128 --out benchmarks/results $(ARGS)
 
 docs: $(VENV)/installed
 	$(BIN)/mkdocs build --strict
