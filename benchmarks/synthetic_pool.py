@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -37,6 +38,10 @@ class _Worker:
 
     @classmethod
     def count(cls, epochs: int) -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():
+            # Killed: nobody is left to take the result.
+            os._exit(1)
         with cls.epochs.get_lock():
             cls.epochs.value += epochs
 

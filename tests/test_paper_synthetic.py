@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -353,6 +355,37 @@ def test_what_was_finished_stands_in_the_csv_when_the_rest_is_interrupted(tmp_pa
         run_all(wanted, 1, interrupted)
     assert len(read_csv(tmp_path / "some.csv")) == 1
     assert [Results(tmp_path / "some.csv", {}).has(one) for one in wanted] == [True, False]
+
+
+def soon(condition: Callable[[], object]) -> bool:
+    """Whether the condition comes true within a minute."""
+    end = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds a process's children in /proc")
+def test_processes_end_when_the_one_that_started_them_is_killed(tmp_path):
+    program = tmp_path / "program.py"
+    # The processes import it too, and then do not stop early.
+    program.write_text(f"""
+import sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import paper_synthetic, synthetic_train
+synthetic_train.PATIENCE = 10**9
+if __name__ == "__main__":
+    paper_synthetic.main([*{TINY[:-2]!r}, "--epochs=1000000000", "--workers=2", "--out={tmp_path}"])
+""")
+    with subprocess.Popen([sys.executable, str(program)], stderr=subprocess.DEVNULL) as started:
+        children = Path(f"/proc/{started.pid}/task/{started.pid}/children")
+        # A tracker of resources and two that train.
+        assert soon(lambda: len(children.read_text().split()) == 3)
+        alive = [Path("/proc") / child for child in children.read_text().split()]
+        started.kill()
+    assert soon(lambda: not any(path.exists() for path in alive))
 
 
 def test_a_failed_run_is_named_and_the_others_finish(tmp_path, capsys):
