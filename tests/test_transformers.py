@@ -144,8 +144,9 @@ def test_arguments_of_a_call() -> None:
             oracle(logits, labels, num_items_in_batch=31),
             **TOLERANCE,
         )
-    # One sequence, without a batch dimension.
-    torch.testing.assert_close(loss(logits[0], labels[0]), oracle(logits[0], labels[0]), **TOLERANCE)
+    # Flattened tokens, whose labels the caller has shifted within their sequences.
+    flat = loss(logits.flatten(0, 1), None, VOCAB_SIZE, shift_labels=shifted.flatten())
+    torch.testing.assert_close(flat, oracle(logits, labels), **TOLERANCE)
 
 
 def test_outputs_of_a_model_stand_for_their_logits() -> None:
@@ -293,7 +294,11 @@ ERRORS: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     ),
     "labels with a dimension too many": (shapes((3, 9, 61), (3, 9, 1)), ValueError, r"got \[3, 9, 1\]$"),
     "flattened logits": (shapes((27, 61), (3, 9)), ValueError, r"expected labels of shape \[27\] .* got \[3, 9\]$"),
-    "no position": (shapes((61,), ()), ValueError, r"expected labels of shape \[..., T\] with a position"),
+    "flattened": (
+        shapes((27, 61), (27,)),
+        ValueError,
+        r"expected labels of shape \[B, T\], got \[27\]: flattened ones would be shifted across sequences",
+    ),
     "shift_labels of another shape": (
         shapes((3, 9, 61), (3, 9), shift_labels=TOKENS[:, 1:]),
         ValueError,
@@ -301,7 +306,8 @@ ERRORS: dict[str, tuple[tuple[Any, ...], type[Exception], str]] = {
     ),
     "no labels": ((WHOLE, None, {}), TypeError, "expected labels to be a tensor, got NoneType"),
     "labels as a list": ((WHOLE, [1, 2], {}), TypeError, "expected labels to be a tensor, got list"),
-    "floating labels": ((WHOLE, TOKENS.float(), {}), TypeError, "expected targets of int64, int32, got torch.float32"),
+    "floating labels": ((WHOLE, TOKENS.float(), {}), TypeError, "expected labels of int64, int32, got torch.float32"),
+    "labels of bytes": ((WHOLE, TOKENS.byte(), {}), TypeError, "expected labels of int64, int32, got torch.uint8"),
     "other vocabulary": (
         shapes((3, 9, 61), (3, 9), vocab_size=60),
         ValueError,
@@ -334,6 +340,8 @@ def test_errors_of_options() -> None:
         MixCEForCausalLMLoss(1.5)
     with pytest.raises(ValueError, match=r"expected softcap to be None or a positive finite number, got -1\.0"):
         MixCEForCausalLMLoss(softcap=-1)
+    with pytest.raises(TypeError, match="expected metrics to be a TokenMetrics or None, got int"):
+        MixCEForCausalLMLoss(metrics=3)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

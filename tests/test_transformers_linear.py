@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -304,20 +307,73 @@ class Wrapped(nn.Module):
         return self.linear(hidden)
 
 
-class ScaledHidden(transformers.LlamaForCausalLM):
-    """Logits of hidden states that the configuration says nothing of."""
+class Changed(transformers.LlamaForCausalLM):
+    """A model whose head and configuration do not tell all of what it does."""
+
+    def before(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def after(self, logits: Tensor) -> Tensor:
+        return logits
 
     def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
         kwargs.pop("labels", None)
         hidden = self.model(input_ids, **kwargs).last_hidden_state
-        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden / 3))
+        logits = self.after(self.lm_head(self.before(hidden)))
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
 
 
-class ScaledLogits(ScaledHidden):
-    def forward(self, input_ids: Tensor | None = None, **kwargs: Any) -> Any:
-        kwargs.pop("labels", None)
-        hidden = self.model(input_ids, **kwargs).last_hidden_state
-        return transformers.modeling_outputs.CausalLMOutput(logits=self.lm_head(hidden) * 0.99)
+class ScaledHidden(Changed):
+    def before(self, hidden: Tensor) -> Tensor:
+        return hidden / 3
+
+
+class ShiftedHidden(Changed):
+    def before(self, hidden: Tensor) -> Tensor:
+        return hidden + 0.01
+
+
+class ScaledLogits(Changed):
+    def after(self, logits: Tensor) -> Tensor:
+        return logits * 0.99
+
+
+class Raising(Changed):
+    def after(self, logits: Tensor) -> Tensor:
+        raise RuntimeError("cannot")
+
+
+def test_hidden_states_that_are_scaled_before_the_head() -> None:
+    """As MiniCPM3's are, by a number that is no entry of its configuration."""
+    tokens, labels = batch_of()
+    model = ScaledHidden(config_of("llama")).double()
+    linear = with_linear_mixce_loss(model, ETA)
+    assert linear.mixce_loss.head.logit_scale == pytest.approx(1 / 3)
+    torch.testing.assert_close(linear(tokens, labels=labels).loss, oracle(model(tokens).logits, labels), **TOLERANCE)
+
+
+def test_images_are_not_lost() -> None:
+    """Of a model with images the loss is that of all its inputs, or the model is refused: older ones keep no base."""
+    vision = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=4, patch_size=2
+    )
+    images = {"image_token_id": 60, "image_token_index": 60, "vision_feature_layer": -1, "image_seq_length": 4}
+    config = transformers.LlavaConfig(vision_config=vision, text_config=config_of("llama"), **images)
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    tokens, labels = (whole[:1] for whole in batch_of(ignored=False))
+    tokens = torch.cat([torch.full((1, 4), 60), tokens], 1)
+    labels = torch.cat([torch.full((1, 4), -100), labels], 1)
+    pixels = torch.randn(1, 3, 4, 4)
+    if model.base_model is model:
+        with pytest.raises(ValueError, match=r"expected a decoder that takes all that Llava.* takes, got one without"):
+            with_linear_mixce_loss(model)
+        return
+    linear = with_linear_mixce_loss(model, ETA)
+    for images in (pixels, 0 * pixels):
+        inputs = {"input_ids": tokens, "pixel_values": images}
+        expected = oracle(model(**inputs).logits, labels)
+        torch.testing.assert_close(linear(**inputs, labels=labels).loss, expected, rtol=1e-5, atol=0.0)
 
 
 def test_models_that_are_refused() -> None:
@@ -327,7 +383,7 @@ def test_models_that_are_refused() -> None:
         with_linear_mixce_loss(transformers.GPT2Model(config_of("gpt2")))
     with pytest.raises(ValueError, match="expected a model with output embeddings, got LlamaForSequenceClassification"):
         with_linear_mixce_loss(transformers.LlamaForSequenceClassification(config_of("llama")))
-    for kind in (ScaledHidden, ScaledLogits):
+    for kind in (ShiftedHidden, ScaledLogits, Raising):
         with pytest.raises(
             ValueError, match=f"expected logits that are the product of .* got others from {kind.__name__}"
         ):
@@ -346,14 +402,50 @@ def test_models_that_are_refused() -> None:
     with pytest.raises(ValueError, match="expected a model with weights, got LlamaForCausalLM on the meta device"):
         with_linear_mixce_loss(model)
     model = model_of("llama")
-    model.forward = model.forward
+    model.forward = functools.partial(model.forward)
     with pytest.raises(ValueError, match="expected a model with the forward of its class, got LlamaForCausalLM"):
         with_linear_mixce_loss(model)
     del model.forward
+    config = config_of("llama")
+    config.z_loss_coefficient = 0.1
+    with pytest.raises(ValueError, match=r"expected z_loss_coefficient=0 in the model's configuration, .* got 0\.1"):
+        with_linear_mixce_loss(transformers.LlamaForCausalLM(config))
     with pytest.raises(ValueError, match=r"expected eta in \[0, 1\], got 2.0"):
         with_linear_mixce_loss(model, 2.0)
     with pytest.raises(ValueError, match="expected path 'chunks' or 'tiles', got 'rows'"):
         with_linear_mixce_loss(model, path="rows")
+
+
+def test_what_mixed_precision_leaves_behind() -> None:
+    """`Trainer` wraps the forward for bfloat16; unwrapped, the class's own stands in the model itself."""
+    accelerate = pytest.importorskip("accelerate")
+    model = model_of("llama")
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    prepared = accelerator.prepare(model)
+    with pytest.raises(ValueError, match=r"unwrap_model\(model, keep_fp32_wrapper=False\) takes off"):
+        with_linear_mixce_loss(prepared)
+    unwrapped = accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    assert "forward" in vars(unwrapped)
+    tokens, labels = batch_of()
+    assert with_linear_mixce_loss(unwrapped)(tokens, labels=labels).logits is None
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_pickled(name: str) -> None:
+    tokens, labels = batch_of()
+    linear = with_linear_mixce_loss(model_of(name), ETA)
+    twin = pickle.loads(pickle.dumps(linear))
+    assert type(twin) is type(linear)
+    assert torch.equal(twin(tokens, labels=labels).loss, linear(tokens, labels=labels).loss)
+
+
+def test_tuples_where_the_configuration_asks_for_them() -> None:
+    tokens, labels = batch_of()
+    model = model_of("gpt2")
+    expected = with_linear_mixce_loss(model, ETA)(tokens, labels=labels).loss
+    model.config.return_dict = False
+    (loss,) = with_linear_mixce_loss(model, ETA)(tokens, labels=labels)
+    assert torch.equal(loss, expected)
 
 
 def test_the_trial_leaves_nothing_behind() -> None:
@@ -379,5 +471,19 @@ def test_calls_that_are_refused() -> None:
         linear(tokens, labels=labels, output_router_logits=True)
     with pytest.raises(ValueError, match="expected arguments besides input_ids by name, together with labels"):
         linear(tokens, torch.ones_like(tokens), labels=labels)
+    position = list(inspect.signature(linear.forward).parameters).index("labels")
+    with pytest.raises(ValueError, match="expected arguments besides input_ids by name, together with labels"):
+        linear(tokens, *[None] * (position - 1), labels)
+    with pytest.raises(ValueError, match="expected labels with num_items_in_batch, got none: Trainer takes them away"):
+        linear(tokens, num_items_in_batch=torch.tensor(3))
+    loaded = type(linear)(config_of("llama"))
+    with pytest.raises(ValueError, match="expected a model that with_linear_mixce_loss returned"):
+        loaded(tokens, labels=labels)
+    linear.config.output_router_logits = True
+    for asked in ({}, {"output_router_logits": None}):
+        with pytest.raises(ValueError, match="expected output_router_logits=False"):
+            linear(tokens, labels=labels, **asked)
+    assert linear(tokens, labels=labels, output_router_logits=False).loss.isfinite()
+    del linear.config.output_router_logits
     with pytest.raises(IndexError, match=r"expected targets in \[0, 61\)"):
         linear(tokens, labels=labels + VOCAB_SIZE)

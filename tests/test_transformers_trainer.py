@@ -151,15 +151,25 @@ def test_micro_batches_add_up(name: str, way: Callable[[str], tuple[Any, Any]], 
             moved = (value - start[key]).abs().max()
             assert (weights[key] - value).abs().max() <= 1e-5 * moved + 1e-9, key
     # A mean of means is far from that.
-    means, _ = train(way(name)[0], tmp_path, 1, loss=lambda outputs, labels, **_: mean_of_means(outputs, labels))
+    means, _ = train(by_function(name)[0], tmp_path, 1, loss=mean_of_means)
     key = "lm_head.weight" if "lm_head.weight" in expected else next(iter(expected))
     assert (means[key] - expected[key]).abs().max() > 1e-3 * (expected[key] - start[key]).abs().max()
 
 
-def mean_of_means(outputs: Any, labels: Tensor) -> Tensor:
+def mean_of_means(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
     """The loss that no divisor reaches."""
-    outputs = outputs.logits if outputs.get("logits") is not None else None
-    return oracle(outputs, labels, ETA) / BATCH
+    return oracle(outputs.logits, labels, ETA) / BATCH
+
+
+@pytest.mark.parametrize("option", ["label_smoothing_factor", "compute_loss_func"])
+def test_what_would_take_the_labels_away(option: str, tmp_path: Path) -> None:
+    """Trainer's other losses make logits of a model that has a loss without."""
+    linear, loss = without_logits("llama")[0], None
+    options = {"label_smoothing_factor": 0.1} if option == "label_smoothing_factor" else {}
+    if not options:
+        loss = MixCEForCausalLMLoss(ETA)
+    with pytest.raises(ValueError, match=f"Trainer takes them away for .*{option}"):
+        train(linear, tmp_path, 1, loss=loss, **options)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixce_kernels.options import TARGET_DTYPES
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
 LOGIT_OPTIONS = re.compile("logit|soft_?cap|multiplier")
 # The largest logit of the trial: far above every cap in use, so that a cap shows in every dtype.
 LARGEST_LOGIT = 200.0
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def next_token_targets(
@@ -32,14 +36,17 @@ def next_token_targets(
 
     The labels are shifted, not the values: a slice of these would cost a copy or a gradient of their own size. Labels
     that are shifted already, as Transformers passes them where sequences are split over devices, are `shift_labels`.
+    Both shifted already are told by their strides; copies of such slices cannot be told from what was never shifted.
 
     Raises:
-        TypeError: there are no labels, or they are no tensor.
-        ValueError: labels and values do not have the same positions.
+        TypeError: there are no labels, or they are no tensor of int64 or int32.
+        ValueError: labels and values do not have the same positions, or labels have no dimension to be shifted along.
     """
     given, label_name = (labels, "labels") if shift_labels is None else (shift_labels, "shift_labels")
     if not isinstance(given, Tensor):
         raise TypeError(f"expected labels to be a tensor, got {type(given).__name__}")
+    if given.dtype not in TARGET_DTYPES:
+        raise TypeError(f"expected {label_name} of int64, int32, got {given.dtype}")
     positions = list(values.shape[:-1])
     if list(given.shape) != positions:
         message = f"expected {label_name} of shape {positions} for {name} of shape {list(values.shape)}"
@@ -47,11 +54,14 @@ def next_token_targets(
         if shift_labels is None and given.dim() == len(positions) > 0 and abs(given.shape[-1] - positions[-1]) == 1:
             message += f": pass {name} and labels as they are, they are shifted here (or shifted ones as shift_labels)"
         raise ValueError(message)
-    if given.dim() == 0:
-        raise ValueError(f"expected {label_name} of shape [..., T] with a position for each token, got []")
     given = given.to(values.device)
     if shift_labels is not None:
         return given
+    if given.dim() < 2:
+        raise ValueError(
+            f"expected labels of shape [B, T], got {list(given.shape)}: flattened ones would be shifted across "
+            "sequences (pass shifted ones as shift_labels)"
+        )
     if not torch.compiler.is_compiling() and _are_shifted_views(values, given):
         raise ValueError(
             f"expected {name} and labels that are not shifted yet, got views without the last position and without "
@@ -94,34 +104,43 @@ class CausalLMHead(NamedTuple):
         the factors and caps in its configuration those are taken which give the same logits.
 
         Raises:
-            ValueError: the model has no output embeddings, these are no plain linear layer, or its logits are not such
-                a function of its last hidden states.
+            ValueError: the model has no output embeddings, these are no plain linear layer, its logits are not such a
+                function of its last hidden states, or its own loss has terms besides that of the logits.
         """
         head = output_embeddings(model)
         if getattr(model.config, "is_encoder_decoder", False):
             raise ValueError(f"expected a decoder alone, got {type(model).__name__} with an encoder")
         if head.weight.is_meta:
             raise ValueError(f"expected a model with weights, got {type(model).__name__} on the meta device")
-        with torch.no_grad():
-            generator = torch.Generator().manual_seed(0)
-            hidden = torch.randn(1, 2, head.in_features, generator=generator).to(head.weight)
-            hidden *= LARGEST_LOGIT / head(hidden).abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-            trial = _Trial.of(model, head, hidden)
-            if trial is not None:
-                raw = head(trial.hidden).double()
-                # Some roundings of the model's own, in its dtype or the one that it turns logits into.
-                tolerance = 8 * max(torch.finfo(hidden.dtype).eps, torch.finfo(trial.logits.dtype).eps)
-                for logit_scale, softcap in _candidates(model):
-                    candidate = cls(trial.backbone, logit_scale, softcap)
-                    expected = candidate.apply(raw)
-                    if trial.logits.shape == expected.shape:
-                        error = (trial.logits.double() - expected).abs().amax()
-                        if error <= tolerance * expected.abs().amax():
-                            return candidate
-        raise ValueError(
+        # Bamba's: a mean over all positions, labelled or not.
+        if getattr(model.config, "z_loss_coefficient", 0):
+            raise ValueError(
+                "expected z_loss_coefficient=0 in the model's configuration, whose z-loss is not computed here, got "
+                f"{model.config.z_loss_coefficient} (z_loss is an option of the loss)"
+            )
+        refused = ValueError(
             "expected logits that are the product of output embeddings and last hidden states, scaled and capped by "
             f"numbers in the configuration, got others from {type(model).__name__}: MixCEForCausalLMLoss takes these"
         )
+        with torch.no_grad():
+            try:
+                trial = _Trial.of(model, head)
+            except Exception as error:
+                raise refused from error
+            if trial is None:
+                raise refused
+            # Some roundings of the model's own, in its dtype or the one that it turns logits into.
+            tolerance = 8 * max(torch.finfo(trial.hidden.dtype).eps, torch.finfo(trial.logits.dtype).eps)
+            raw = head(trial.hidden).double()
+            for logit_scale, softcap in _candidates(model):
+                found = cls(trial.backbone, logit_scale, softcap)
+                expected = found.apply(raw)
+                if trial.logits.shape != expected.shape:
+                    break
+                if (trial.logits.double() - expected).abs().amax() <= tolerance * expected.abs().amax():
+                    _check_takes_all(model, trial.backbone)
+                    return found._replace(logit_scale=logit_scale * trial.factor)
+        raise refused
 
     def apply(self, raw: Tensor) -> Tensor:
         """The logits, of the products `raw`."""
@@ -145,34 +164,75 @@ class _Trial(NamedTuple):
     """What a model made of the hidden states that its backbone seemed to return."""
 
     backbone: str
-    hidden: Tensor  # [1, 2, D]
+    hidden: Tensor  # [1, 2, D], as its head got them
+    factor: float  # by which the model had multiplied them
     logits: Tensor  # [1, 2, V]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, head: nn.Linear, hidden: Tensor) -> _Trial | None:
+    def of(cls, model: PreTrainedModel, head: nn.Linear) -> _Trial | None:
         """Runs the model with its backbone's output in place; None where its head does not get just that.
 
         Most models call their base model, some a decoder inside of it: each seems to return other hidden states.
         """
-        backbones = [model.base_model, getattr(model, "get_decoder", lambda: None)()]
-        returned = {
-            name: hidden if module is backbones[0] else hidden.flip(1)
-            for name, module in model.named_modules()
-            if module is not model and any(module is one for one in backbones)
-        }
+        backbones = [model.base_model, getattr(model, "get_decoder", lambda: None)(), getattr(model, "model", None)]
+        generator = torch.Generator().manual_seed(0)
+        returned: dict[str, Tensor] = {}
+        for name, module in model.named_modules():
+            if name and any(module is one for one in backbones):
+                states = torch.randn(1, 2, head.in_features, generator=generator).to(head.weight)
+                returned[name] = states * LARGEST_LOGIT / head(states).abs().amax().clamp(min=SMALLEST)
         seen: list[Tensor] = []
         with ExitStack() as stack:
             for name, states in returned.items():
                 stack.enter_context(_returning(model.get_submodule(name), _Hidden(states)))
             watch = head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
             stack.callback(watch.remove)
-            if returned:
-                tokens = torch.zeros(1, 2, dtype=torch.int64, device=hidden.device)
-                logits = model(input_ids=tokens, use_cache=False).logits
-                for name, states in returned.items():
-                    if len(seen) == 1 and seen[0].shape == states.shape and torch.equal(seen[0].to(states), states):
-                        return cls(name, states, logits)
+            if not returned:
+                return None
+            tokens = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
+            logits = model(input_ids=tokens, return_dict=True, **without_cache(model)).logits
+        for name, states in returned.items():
+            if len(seen) == 1 and seen[0].shape == states.shape:
+                factor = _factor(states.double(), seen[0].double(), torch.finfo(states.dtype).eps)
+                if factor is not None and (factor == 1.0 or head.bias is None):
+                    return cls(name, seen[0], factor, logits)
         return None
+
+
+def _factor(states: Tensor, scaled: Tensor, eps: float) -> float | None:
+    """The number that `scaled` is a multiple of `states` by, to a rounding; None where there is none."""
+    if torch.equal(states, scaled):
+        return 1.0
+    factor = (states * scaled).sum() / states.square().sum()
+    off = (scaled - factor * states).abs().amax()
+    return factor.item() if off <= 2 * eps * scaled.abs().amax() else None
+
+
+def _check_takes_all(model: PreTrainedModel, backbone: str) -> None:
+    """Raises ValueError where a decoder that is not the base model would not see what the model is called with.
+
+    That is an encoder's output or an image, which a model of several parts brings together before its decoder.
+    """
+    module = model.get_submodule(backbone)
+    if module is model.base_model:
+        return
+    lost = _named(model) - _named(module) - {"labels", "logits_to_keep", "num_logits_to_keep"}
+    if lost:
+        raise ValueError(
+            f"expected a decoder that takes all that {type(model).__name__} takes, got one without "
+            f"{', '.join(sorted(lost))}: MixCEForCausalLMLoss takes the model's logits"
+        )
+
+
+def _named(module: nn.Module) -> set[str]:
+    """The names of the arguments of a module's forward."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {one.name for one in parameters if one.kind != inspect.Parameter.VAR_KEYWORD}
+
+
+def without_cache(module: nn.Module) -> dict[str, bool]:
+    """What keeps a module from caching keys and values for a generation; older ones do not know of it."""
+    return {"use_cache": False} if "use_cache" in _named(module) else {}
 
 
 def _candidates(model: PreTrainedModel) -> Iterator[tuple[float, float | None]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from mixce_kernels.functional import fused_mixce_loss
-from mixce_kernels.integrations.causal_lm import CausalLMHead, next_token_targets, output_embeddings
+from mixce_kernels.integrations.causal_lm import CausalLMHead, next_token_targets, output_embeddings, without_cache
 from mixce_kernels.integrations.metrics import TokenMetrics
 from mixce_kernels.integrations.versions import require
 from mixce_kernels.linear import fused_linear_mixce_loss
@@ -24,7 +25,7 @@ from mixce_kernels.modules import LinearMixCELoss, MixCELoss
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# 4.49 is the first release whose models take another loss by assignment.
+# 4.49 is the first release in which most models take another loss by assignment.
 OLDEST_TRANSFORMERS, BELOW_TRANSFORMERS = "4.49", "6"
 transformers = require("transformers", OLDEST_TRANSFORMERS, BELOW_TRANSFORMERS)
 
@@ -35,6 +36,8 @@ class _CausalLMLoss:
     """What both losses keep over a training run."""
 
     def __init__(self, checked: MixCELoss | LinearMixCELoss, metrics: TokenMetrics | None) -> None:
+        if not isinstance(metrics, (TokenMetrics, type(None))):
+            raise TypeError(f"expected metrics to be a TokenMetrics or None, got {type(metrics).__name__}")
         self.eta = checked.eta
         self.options = checked.options
         self.metrics = metrics
@@ -71,7 +74,8 @@ class MixCEForCausalLMLoss(_CausalLMLoss):
     Source: Zhang et al., "MixCE", ACL 2023 (arXiv 2305.16958).
 
     Attributes:
-        eta: mixing ratio; assign a number or a tensor to schedule it.
+        eta: mixing ratio, to be scheduled: assign a number, or write to a tensor, for which `torch.compile` does not
+            compile again.
         metrics: the `TokenMetrics` that every call's tokens are added to, or None.
     """
 
@@ -163,15 +167,18 @@ class LinearMixCEForCausalLMLoss(_CausalLMLoss):
 
     Attributes:
         head: how the model's logits come from its hidden states.
+        defaults: what the backbone is called with unless the caller says otherwise.
         eta, metrics: as in `MixCEForCausalLMLoss`.
     """
 
     def __init__(
-        self, head: CausalLMHead, eta: float | Tensor, metrics: TokenMetrics | None, options: Mapping[str, Any]
+        self, model: PreTrainedModel, eta: float | Tensor, metrics: TokenMetrics | None, options: Mapping[str, Any]
     ) -> None:
-        """Takes the head and the options of `with_linear_mixce_loss`; raises as that does."""
-        super().__init__(LinearMixCELoss(eta, logit_scale=head.logit_scale, softcap=head.softcap, **options), metrics)
-        self.head = head
+        """Takes the arguments of `with_linear_mixce_loss`, and raises as that does."""
+        self.head = CausalLMHead.of(model)
+        self.defaults = without_cache(model.get_submodule(self.head.backbone))
+        checked = LinearMixCELoss(eta, logit_scale=self.head.logit_scale, softcap=self.head.softcap, **options)
+        super().__init__(checked, metrics)
 
     def __call__(
         self,
@@ -209,8 +216,11 @@ def with_linear_mixce_loss(
 
     Called with labels it runs the base model and gives hidden states and output embeddings to
     `fused_linear_mixce_loss`; its outputs hold `loss`, and `logits` is None. Called without labels, as by `generate`,
-    it is `model`. It is a model of `model`'s class, for `Trainer`, `save_pretrained`, `torch.compile`, DDP or PEFT, and
-    neither `model` nor its class is changed. Its attribute `mixce_loss` holds `eta`, to be scheduled, and `metrics`.
+    it is `model`. It is a model of `model`'s class, for `Trainer`, `save_pretrained`, `torch.compile`, DDP or PEFT. Its
+    attribute `mixce_loss` holds `eta`, to be scheduled, and `metrics`; a `loss_function` is not used.
+
+    `model` and its class keep their loss. Weights, submodules and hooks are those of both; the output embeddings are
+    not called, so hooks of theirs do not run. Losses that a model adds by itself, as of a router, are refused.
 
     A factor or a cap of the model's logits (Gemma's, Cohere's, Granite's, ...) is taken over: the model is made to
     compute the logits of made-up hidden states once, and the numbers in its configuration that explain these are used.
@@ -238,8 +248,11 @@ def with_linear_mixce_loss(
         raise TypeError(f"expected model to be a transformers.PreTrainedModel, got {type(model).__name__}")
     # accelerate's, where a device_map spreads the model over devices: it brings inputs to these.
     hook = vars(model).get("_hf_hook")
-    if "forward" in vars(model) and hook is None:
-        raise ValueError(f"expected a model with the forward of its class, got {type(model).__name__} with another")
+    if "forward" in vars(model) and hook is None and not _is_own(vars(model)["forward"], type(model).forward):
+        raise ValueError(
+            f"expected a model with the forward of its class, got {type(model).__name__} with another "
+            "(accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes off that of mixed precision)"
+        )
     options = {
         "ignore_index": ignore_index,
         "label_smoothing": label_smoothing,
@@ -249,16 +262,26 @@ def with_linear_mixce_loss(
         "validate": validate,
         "backend": backend,
     }
-    loss = LinearMixCEForCausalLMLoss(CausalLMHead.of(model), eta, metrics, options)
+    loss = LinearMixCEForCausalLMLoss(model, eta, metrics, options)
     # A shallow copy: its own attributes, but the same submodules and weights.
     linear = copy.copy(model)
     linear.__class__ = _class_with_linear_loss(model.__class__)
     linear.mixce_loss = loss
+    for name in ("forward", "_old_forward", "_hf_hook"):
+        vars(linear).pop(name, None)
     if hook is not None:
-        for name in ("forward", "_old_forward", "_hf_hook"):
-            delattr(linear, name)
         importlib.import_module("accelerate.hooks").add_hook_to_module(linear, hook)
     return linear
+
+
+def _is_own(forward: Any, of_class: Any) -> bool:
+    """Whether this is the class's method, or what its decorators wrap: accelerate leaves that in a model."""
+    function = getattr(forward, "__func__", None)
+    while of_class is not None:
+        if function is of_class:
+            return True
+        of_class = getattr(of_class, "__wrapped__", None)
+    return False
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -293,33 +316,59 @@ def _class_with_linear_loss(base: Any) -> Any:
         **kwargs: Any,
     ) -> Any:
         if labels is None and shift_labels is None:
+            if num_items_in_batch is not None:
+                raise ValueError(
+                    "expected labels with num_items_in_batch, got none: Trainer takes them away for "
+                    "label_smoothing_factor and compute_loss_func (label_smoothing is an option of this loss)"
+                )
+            if args and "labels" in inspect.signature(base.forward).bind_partial(self, input_ids, *args).arguments:
+                raise ValueError("expected arguments besides input_ids by name, together with labels")
             if return_dict is not None:
                 kwargs["return_dict"] = return_dict
             return base.forward(self, input_ids, *args, **kwargs)
         if args:
             raise ValueError("expected arguments besides input_ids by name, together with labels")
+        if self.mixce_loss is None:
+            raise ValueError("expected a model that with_linear_mixce_loss returned, got one that its class loaded")
         for name in ("logits_to_keep", "num_logits_to_keep"):
             kept = kwargs.pop(name, 0)
             if isinstance(kept, Tensor) or kept:
                 raise ValueError(f"expected no {name} together with labels, since the loss is that of all positions")
-        if kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False)):
+        asked = kwargs.get("output_router_logits")
+        if asked is None:
+            configs = (self.config, self.config.get_text_config())
+            asked = any(getattr(config, "output_router_logits", False) for config in configs)
+        if asked:
             raise ValueError("expected output_router_logits=False, since the router's loss is not computed here")
-        kwargs.setdefault("use_cache", False)
+        if return_dict is None:
+            return_dict = getattr(self.config, "return_dict", True)
         backbone = self.get_submodule(self.mixce_loss.head.backbone)
-        outputs = backbone(input_ids=input_ids, return_dict=True, **kwargs)
+        outputs = backbone(input_ids=input_ids, **{**self.mixce_loss.defaults, **kwargs, "return_dict": True})
         loss = self.mixce_loss(self, outputs.last_hidden_state, labels, num_items_in_batch, ignore_index, shift_labels)
         result = transformers.modeling_outputs.CausalLMOutput(
             loss=loss, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
         )
-        return result if return_dict is not False else result.to_tuple()
+        return result if return_dict else result.to_tuple()
+
+    # Pickled by what it was made of, since its name is that of the model's own class.
+    def reduce(self: Any, protocol: Any) -> Any:
+        return _unfinished, (base,), self.__dict__
 
     # Trainer is to pass num_items_in_batch whatever the signature says. Name and module are the model's own, which
     # save_pretrained writes into the configuration.
     attributes = {
         "forward": forward,
+        "__reduce_ex__": reduce,
         "accepts_loss_kwargs": True,
+        "mixce_loss": None,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
     return type(base)(base.__name__, (base,), attributes)
+
+
+def _unfinished(base: Any) -> Any:
+    """An instance of the subclass that has no attributes yet."""
+    linear = _class_with_linear_loss(base)
+    return linear.__new__(linear)
