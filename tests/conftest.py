@@ -96,3 +96,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL reports no usage where it takes this for continuous integration; and a bfloat16 run leaves no trace."""
+    monkeypatch.setenv("CI", "true")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")

@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 OLDEST = Path(sys.prefix) / "oldest"
 FILES = {
     "transformers": ("test_transformers.py", "test_transformers_linear.py", "test_transformers_trainer.py"),
-    "trl": ("test_trl.py",),
+    "trl": ("test_trl.py", "test_trl_models.py", "test_trl_errors.py"),
 }
 
 pytestmark = pytest.mark.slow
