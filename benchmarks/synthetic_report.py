@@ -158,7 +158,7 @@ def _best(one: Vocabulary) -> str:
     found = mean(one.values(one.best, "avg_js"))
     return (
         f"By avg. js the best eta is {one.best:g}: {found:.3g} against {likelihood:.3g} of maximum likelihood, "
-        f"{100 * (1 - found / likelihood):.0f} % less, and less in {one.less(one.best, 'avg_js')} of "
+        f"{100 * (1 - found / likelihood):.2g} % less, and less in {one.less(one.best, 'avg_js')} of "
         f"{_count(one.seeds)}. It is picked by the true matrix, on these seeds, as in the paper: that flatters it."
     )
 
