@@ -10,6 +10,8 @@ import torch
 transformers = pytest.importorskip("transformers", reason="needs the extra 'transformers'")
 
 VOCAB_SIZE = 61
+# Older releases' models break a graph by themselves.
+WHOLE_GRAPHS = int(transformers.__version__.partition(".")[0]) >= 5
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 16,

@@ -11,6 +11,7 @@ import torch
 from causal_models import (
     CONFIGS,
     VOCAB_SIZE,
+    WHOLE_GRAPHS,
     assert_close,
     batch_of,
     gradients_of,
@@ -242,7 +243,7 @@ def test_compiled_models(name: str) -> None:
     expected = model(tokens, labels=labels).loss
     expected.backward()
     gradients = gradients_of(model)
-    loss = torch.compile(model, backend="aot_eager")(tokens, labels=labels).loss
+    loss = torch.compile(model, fullgraph=WHOLE_GRAPHS, backend="aot_eager")(tokens, labels=labels).loss
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-6, atol=0.0)
     assert_close(gradients_of(model), gradients)

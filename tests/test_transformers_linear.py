@@ -15,6 +15,7 @@ from causal_models import (
     CONFIGS,
     HEADS,
     VOCAB_SIZE,
+    WHOLE_GRAPHS,
     assert_close,
     batch_of,
     config_of,
@@ -204,7 +205,7 @@ def test_compiled(name: str) -> None:
     expected = linear(tokens, labels=labels).loss
     expected.backward()
     gradients = gradients_of(linear)
-    loss = torch.compile(linear, backend="aot_eager")(tokens, labels=labels).loss
+    loss = torch.compile(linear, fullgraph=WHOLE_GRAPHS, backend="aot_eager")(tokens, labels=labels).loss
     loss.backward()
     torch.testing.assert_close(loss.detach(), expected.detach(), **TOLERANCE)
     assert_close(gradients_of(linear), gradients)
