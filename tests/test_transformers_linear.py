@@ -274,27 +274,44 @@ def test_with_hooks_of_accelerate() -> None:
     assert dispatched(tokens).logits is not None
 
 
-def ddp_gradients() -> dict[str, Tensor]:
-    """The gradients of two ranks that split a batch unevenly, averaged by DDP, with the divisor of the whole batch."""
+def gradients_of_ranks() -> dict[str, dict[str, Tensor]]:
+    """The gradients of two ranks that split a batch unevenly, with the divisor of the whole batch, by engine."""
+    from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
     tokens, labels = batch_of()
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     mine = slice(0, 1) if rank == 0 else slice(1, None)
-    linear = with_linear_mixce_loss(model_of("llama", torch.float64), ETA)
-    count = (labels[:, 1:] != -100).sum()
-    parallel = DistributedDataParallel(linear)
-    parallel(input_ids=tokens[mine], labels=labels[mine], num_items_in_batch=count / ranks).loss.backward()
-    return gradients_of(linear)
+    # Gradients are averaged over the ranks.
+    batch = {
+        "input_ids": tokens[mine],
+        "labels": labels[mine],
+        "num_items_in_batch": (labels[:, 1:] != -100).sum() / ranks,
+    }
+    found = {}
+    for engine in ("ddp", "fsdp"):
+        linear = with_linear_mixce_loss(model_of("llama", torch.float64), ETA)
+        if engine == "fsdp":
+            for layer in linear.model.layers:
+                fully_shard(layer)
+        parallel = DistributedDataParallel(linear) if engine == "ddp" else fully_shard(linear)
+        parallel(**batch).loss.backward()
+        gradients = gradients_of(linear)
+        found[engine] = {name: getattr(one, "full_tensor", lambda one=one: one)() for name, one in gradients.items()}
+    return found
 
 
 def test_data_parallel() -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("needs FSDP2")
     tokens, labels = batch_of()
     linear = with_linear_mixce_loss(model_of("llama", torch.float64), ETA)
     linear(tokens, labels=labels).loss.backward()
     expected = gradients_of(linear)
-    for gradients in run_ranks(ddp_gradients, 2):
-        assert_close(gradients, expected)
+    for found in run_ranks(gradients_of_ranks, 2):
+        for gradients in found.values():
+            assert_close(gradients, expected)
 
 
 class Wrapped(nn.Module):
