@@ -216,8 +216,8 @@ def with_linear_mixce_loss(
 
     Called with labels it runs the base model and gives hidden states and output embeddings to
     `fused_linear_mixce_loss`; its outputs hold `loss`, and `logits` is None. Called without labels, as by `generate`,
-    it is `model`. It is a model of `model`'s class, for `Trainer`, `save_pretrained`, `torch.compile`, DDP, FSDP2 or PEFT. Its
-    attribute `mixce_loss` holds `eta`, to be scheduled, and `metrics`; a `loss_function` is not used.
+    it is `model`. It is a model of `model`'s class, for `Trainer`, `save_pretrained`, `torch.compile`, DDP, FSDP2 or
+    PEFT. Its attribute `mixce_loss` holds `eta`, to be scheduled, and `metrics`; a `loss_function` is not used.
 
     `model` and its class keep their loss. Weights, submodules and hooks are those of both; the output embeddings are
     not called, so hooks of theirs do not run. Losses that a model adds by itself, as of a router, are refused.
