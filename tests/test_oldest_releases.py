@@ -19,6 +19,8 @@ FILES = {
     "transformers": ("test_transformers.py", "test_transformers_linear.py", "test_transformers_trainer.py"),
     "trl": ("test_trl.py", "test_trl_models.py", "test_trl_errors.py"),
 }
+# Of their tests pass there; the others are of what is newer.
+AT_LEAST = {"transformers": 140, "trl": 44}
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +44,7 @@ def test_oldest_release_passes_the_tests(package: str) -> None:
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
     found = re.search(r"(\d+) passed", ran.stdout)
     assert found is not None
-    assert int(found.group(1)) >= 30
+    assert int(found.group(1)) >= AT_LEAST[package]
 
 
 @pytest.mark.parametrize("package", FILES)

@@ -60,7 +60,10 @@ def test_heads_are_found_in_every_dtype(name: str, dtype: torch.dtype) -> None:
 
 
 def test_there_are_no_logits() -> None:
-    """No tensor has the logits' number of elements, where only two rows of them may be in memory at a time."""
+    """No operator returns as many elements as logits have, and the head is not called.
+
+    What the loss's own operator holds meanwhile is measured in test_linear_memory.py.
+    """
     tokens, labels = batch_of(rows=4, length=16, ignored=False)
     model = model_of("llama")
     linear = with_linear_mixce_loss(model, ETA, max_chunk_bytes=2 * 4 * VOCAB_SIZE)

@@ -125,7 +125,7 @@ class CausalLMHead(NamedTuple):
         with torch.no_grad():
             try:
                 trial = _Trial.of(model, head)
-            except Exception as error:
+            except Exception as error:  # of any kind: a model that cannot be tried, as one that wants an image
                 raise refused from error
             if trial is None:
                 raise refused
