@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 import zlib
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mixce_kernels.collectives import all_gather
 from mixce_kernels.options import LOGITS_DTYPES, REDUCTIONS
@@ -32,6 +34,7 @@ class Signature(NamedTuple):
 
     columns: Columns
     width: int  # the columns with their padding
+    contents: float  # see `contents_of`; NaN: nothing that could be compared
     tokens: int
     vocab_size: int  # -1: as many as the ranks hold together
     dtype: int  # in LOGITS_DTYPES
@@ -45,6 +48,7 @@ class Signature(NamedTuple):
     reduction: int = 0  # in REDUCTIONS
     token_weights: bool = False
     hidden_size: int = 0  # 0: the call has logits
+    hidden_grad: bool = False  # whether the ranks meet in backward, too
     max_chunk_bytes: int = 0  # 0: none
     reference: bool = False  # the backend of that name, which meets the others otherwise
     validate: bool = False
@@ -56,7 +60,7 @@ class Signature(NamedTuple):
 
     def digest(self) -> int:
         """31 bits of what must be the same."""
-        return zlib.crc32(repr(self._numbers()[3:]).encode()) & 0x7FFFFFFF
+        return zlib.crc32(repr(list(map(float, self[3:]))).encode()) & 0x7FFFFFFF
 
     def exchanged(self, group: dist.ProcessGroup, device: torch.device) -> list[Signature]:
         """Those of all ranks, by one small collective, which a GPU's host waits for."""
@@ -74,8 +78,8 @@ class Signature(NamedTuple):
 _met: weakref.WeakSet[dist.ProcessGroup] = weakref.WeakSet()
 
 
-def meet(signature: Signature, group: dist.ProcessGroup, device: torch.device) -> None:
-    """At the first call in this group, compares it with those of the other ranks.
+def meet(signature: Signature, group: dist.ProcessGroup, values: Tensor) -> None:
+    """At the first call in this group, compares it with those of the other ranks; see `layout`.
 
     Not at the first call of its kind: ranks might differ in whether it is.
 
@@ -83,36 +87,81 @@ def meet(signature: Signature, group: dist.ProcessGroup, device: torch.device) -
         ValueError: on every rank, where the ranks' columns or calls do not fit together.
     """
     if group not in _met:
-        layout(signature, group, device, check=True)
+        layout(signature, group, values, check=True)
 
 
-def layout(signature: Signature, group: dist.ProcessGroup, device: torch.device, *, check: bool) -> Layout:
+def layout(signature: Signature, group: dist.ProcessGroup, values: Tensor, *, check: bool) -> Layout:
     """What the ranks hold, which they all tell each other now.
+
+    `values` are the rank's logits [..., columns] or rows of the weight [columns, D]; at the first call in a group the
+    ranks compare some of them, too.
 
     Raises:
         ValueError: on every rank, with `check`, where the ranks' columns or calls do not fit together.
     """
-    signatures = signature.exchanged(group, device)
+    if check and group not in _met and group.size() > 1:
+        signature = signature._replace(contents=contents_of(values))
+    signatures = signature.exchanged(group, values.device)
     known_size = signature.known_vocab_size
     if check:
         _check_same(signatures)
         check_partition([other.columns for other in signatures], known_size)
+        _check_not_gathered(signatures)
         _met.add(group)
     vocab_size = sum(other.columns.number for other in signatures) if known_size is None else known_size
     return Layout(vocab_size, max(other.width for other in signatures))
 
 
+def contents_of(values: Tensor) -> float:
+    """A number that tells one rank's values [..., n] from another's, by their first rows.
+
+    NaN where all of these are alike, as those of a head that starts at zero, or none is finite.
+    """
+    values = values.detach()
+    while values.dim() > 2:
+        values = values[0] if len(values) else values.flatten(0, 1)
+    some = values[:16].double().flatten()
+    some = some[some.isfinite()]
+    if len(some) == 0 or (some == some[0]).all():
+        return math.nan
+    return float((some * torch.arange(1, len(some) + 1, device=some.device)).sum())
+
+
 def _check_same(signatures: list[Signature]) -> None:
     """Raises ValueError where a rank's call is another than that of rank 0."""
-    names = Signature._fields[2:]
+    names = Signature._fields[3:]
     for rank, other in enumerate(signatures):
-        for name, expected, got in zip(names, signatures[0][2:], other[2:], strict=True):
+        for name, expected, got in zip(names, signatures[0][3:], other[3:], strict=True):
             # NaN is equal to NaN here.
             if repr(expected) != repr(got):
                 raise ValueError(
                     f"expected the same {_NAMES.get(name, name)} on every rank of the group, got "
                     f"{_shown(name, expected)} on rank 0 and {_shown(name, got)} on rank {rank}"
                 )
+
+
+def _check_not_gathered(signatures: list[Signature]) -> None:
+    """Raises ValueError where every rank has the whole vocabulary, and says that it has columns of its own.
+
+    Where nobody says how large the vocabulary is, all that shows it is that the ranks have the same values.
+    """
+    own, n_ranks = signatures[0], len(signatures)
+    if n_ranks == 1 or any((other.width, other.contents) != (own.width, own.contents) for other in signatures):
+        return
+    vocab_size = own.known_vocab_size
+    what, whole = ("weight", "fused_linear_mixce_loss without a group")
+    if own.hidden_size == 0:
+        what, whole = "logits", "fused_mixce_loss"
+    if vocab_size is None:
+        raise ValueError(
+            f"expected each rank's own columns, got the same {what} on all {n_ranks} ranks (gathered ones are for "
+            f"{whole}; vocab_size={n_ranks * own.width} says that these are {n_ranks} parts of a vocabulary)"
+        )
+    if own.width >= vocab_size:
+        raise ValueError(
+            f"expected each rank's own columns of vocab_size={vocab_size}, got the same {what} of {own.width} columns "
+            f"on all {n_ranks} ranks (gathered ones are for {whole})"
+        )
 
 
 def check_partition(ranges: list[Columns], vocab_size: int | None) -> None:
@@ -134,6 +183,7 @@ _NAMES = {
     "tokens": "number of tokens",
     "return_stats": "answer to return_stats",
     "hidden_size": "hidden size",
+    "hidden_grad": "answer to whether the hidden states require a gradient",
     "reference": "answer to backend='reference'",
     "validate": "answer to validate",
 }
@@ -144,7 +194,7 @@ def _shown(name: str, value: float) -> str:
         return REDUCTIONS[int(value)]
     if name == "dtype":
         return str(LOGITS_DTYPES[int(value)])
-    if name in ("return_stats", "reference", "validate"):
+    if name in ("return_stats", "hidden_grad", "reference", "validate"):
         return str(bool(value))
     if name == "token_weights":
         return "some" if value else "none"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +14,15 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 
 from mixce_kernels import ops
+from mixce_kernels.backends.rows import materialized, rows_of
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.sharded_reference import token_losses_of
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, eta, ctx.eta_value, *ctx.options, _, ctx.inplace, ctx.backend = inputs
+    logits, targets, eta, ctx.eta_value, *ctx.options, _, inplace, ctx.backend = inputs
     _, state, stats, correct = output
+    ctx.overwrite = Overwrite.of(inplace)
     ctx.mark_non_differentiable(state, stats, correct)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, targets, state, eta)
@@ -29,8 +33,8 @@ def _forward_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> tup
     if grad_loss is None:
         return None, *nothing
     logits, targets, state, eta = ctx.saved_tensors
-    if ctx.inplace and not torch.is_grad_enabled():
-        ops.logits_grad_(logits, targets, state, grad_loss, *ctx.options, ctx.backend)
+    if ctx.overwrite.allowed(logits) and is_plain(grad_loss) and not torch.is_grad_enabled():
+        ops.logits_grad_(logits, targets, state, materialized(grad_loss), *ctx.options, ctx.backend)
         return logits.detach(), *nothing
     grad_logits = logits_grad(logits, targets, state, grad_loss, eta, ctx.eta_value, *ctx.options, ctx.backend)
     return grad_logits, *nothing
@@ -83,9 +87,13 @@ def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> t
     grad_loss = _of_valid_rows(grad_loss, targets, ctx.options[0])
     if not is_plain(grad_logits) or not is_plain(grad_loss):
         # Traced: a compiler plans the memory itself, and wants no output of the forward written to. Or batched.
-        return (grad_logits * grad_loss.unsqueeze(-1)).to(grad_logits.dtype), *nothing
-    ops.scale_rows_(grad_logits, grad_loss, ctx.backend)
+        return _scaled(grad_logits, grad_loss), *nothing
+    ops.scale_rows_(grad_logits, materialized(grad_loss), ctx.backend)
     return grad_logits, *nothing
+
+
+def _scaled(grad_logits: Tensor, grad_loss: Tensor) -> Tensor:
+    return (grad_logits * grad_loss.unsqueeze(-1)).to(grad_logits.dtype)
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -97,6 +105,45 @@ def is_plain(tensor: Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether the call is being compiled or transformed by torch.func: memory is then not ours to write over."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+class Overwrite(enum.Enum):
+    """Whether a backward may write the gradient over the logits that its forward saved."""
+
+    NEVER = enum.auto()
+    # Autograd keeps the logits and counts their versions: whoever else saved them gets its error.
+    WATCHED = enum.auto()
+    # Hooks give the logits back, and what they give to others has no versions. A checkpoint recomputes the logits for
+    # all that saved them: the memory is free once nobody else refers to it.
+    RECOMPUTED = enum.auto()
+
+    @classmethod
+    def of(cls, inplace: bool) -> Overwrite:
+        """For a forward that runs now."""
+        if not inplace:
+            return cls.NEVER
+        hooks = hooks_on_saved_tensors()
+        if hooks is None:
+            return cls.WATCHED
+        _, unpack = hooks
+        recomputes = getattr(unpack, "__module__", None) == "torch.utils.checkpoint"
+        return cls.RECOMPUTED if recomputes else cls.NEVER
+
+    def allowed(self, logits: Tensor) -> bool:
+        """For the logits as they came back."""
+        return self is Overwrite.WATCHED or (
+            self is Overwrite.RECOMPUTED and _references(logits) <= _references(logits.new_empty(1))
+        )
+
+
+def hooks_on_saved_tensors() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The hooks under which autograd saves tensors now, as a checkpoint's; None where it keeps them as they are."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
+def _references(tensor: Tensor) -> int:
+    """The number of references to the tensor's memory, its own included."""
+    return torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
 
 
 def _of_valid_rows(grad_loss: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
@@ -128,7 +175,10 @@ class ForwardWithGradInplace(torch.autograd.Function):
         if grad_loss is None:
             return None, *(None,) * ctx.n_inputs
         grad_logits, targets = ctx.saved_tensors
-        ops.scale_rows_(grad_logits, _of_valid_rows(grad_loss, targets, ctx.ignore_index), ctx.backend)
+        grad_loss = _of_valid_rows(grad_loss, targets, ctx.ignore_index)
+        if not is_plain(grad_loss):  # batched
+            return _scaled(grad_logits, grad_loss), *(None,) * ctx.n_inputs
+        ops.scale_rows_(grad_logits, materialized(grad_loss), ctx.backend)
         return grad_logits.detach(), *(None,) * ctx.n_inputs
 
 
@@ -139,32 +189,88 @@ class Differentiable:
     for it, tens of microseconds a call.
     """
 
-    def __init__(self, kernel: Callable[..., Any], context: Callable[..., None], backward: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        kernel: Callable[..., Any],
+        context: Callable[..., None],
+        backward: Callable[..., Any],
+        vmap: Callable[..., Any],
+    ) -> None:
+        """Takes what the operator does, its derivative, and how `torch.vmap` calls it: see `folded` and `looped`."""
+
         def kernel_with_context(ctx: Any, *args: Any) -> Any:
             output = kernel(*args)
             context(ctx, args, output)
             return output
 
+        def batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+            return vmap(self, info.batch_size, in_dims, args)
+
         name = kernel.__name__
         torch.library.register_autograd(f"mixce_kernels::{name}", backward, setup_context=context, lib=ops.library)
+        torch.library.register_vmap(f"mixce_kernels::{name}", batched, lib=ops.library)
         self.kernel = kernel
         self.operator = getattr(torch.ops.mixce_kernels, name)
         self.node = _function(name, forward=kernel_with_context, backward=backward)
         # The form that torch.func asks for; it inspects its own signature at each call, which is slow.
-        self.transformable_node = _function(name, forward=kernel, setup_context=context, backward=backward)
+        self.transformable_node = _function(
+            name, forward=kernel, setup_context=context, backward=backward, vmap=batched
+        )
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and not _collectives_are_watched()):
             return self.operator(*args)
         tensors = [arg for arg in args if isinstance(arg, Tensor)]
-        if any(type(tensor) not in (Tensor, Parameter) for tensor in tensors):
+        if any(type(tensor) not in (Tensor, Parameter) or _is_batch_of_grads(tensor) for tensor in tensors):
             return self.operator(*args)
         if torch._C._are_functorch_transforms_active():
             return self.transformable_node.apply(*args)
+        args = tuple(materialized(arg) if isinstance(arg, Tensor) else arg for arg in args)
         differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         # In forward mode a node says that it has no such derivative; a kernel would lose it silently.
         differentiate = differentiate or forward_ad._current_level >= 0
         return (self.node.apply if differentiate else self.kernel)(*args)
+
+
+def folded(
+    call: Callable[..., Any], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...], *, state: int | None = None
+) -> Any:
+    """`torch.vmap` of an operator over tokens, whose leading dimensions are any: one call, with one dimension more.
+
+    `state` is the position of an argument [5, ...], whose dimensions of tokens come after its own.
+    """
+    tensors = [
+        _with_dim(arg, dim, size, int(i == state)) if isinstance(arg, Tensor) else arg
+        for i, (arg, dim) in enumerate(zip(args, in_dims, strict=True))
+    ]
+    logits, *rest = tensors
+    result = call(logits if rows_of(logits) is not None else logits.contiguous(), *rest)
+    if isinstance(result, Tensor):
+        return result, 0
+    # Loss, state, statistics, correct, and the gradient; statistics that were not asked for are empty.
+    dims = (0, 1, 1, 0, 0)
+    return result, tuple(None if one.shape == (0,) else dim for one, dim in zip(result, dims, strict=False))
+
+
+def _with_dim(tensor: Tensor, dim: int | None, size: int, at: int) -> Tensor:
+    """The tensor with the dimension of the batch at `at`, where it is at `dim` now or, for None, missing."""
+    if dim is not None:
+        return tensor.movedim(dim, at)
+    return tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
+
+
+def looped(call: Callable[..., Any], size: int, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:
+    """`torch.vmap` of an operator that sums over tokens: a call for each entry."""
+    results = [
+        call(*(arg.select(dim, i) if isinstance(dim, int) else arg for arg, dim in zip(args, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
+
+
+def _is_batch_of_grads(tensor: Tensor) -> bool:
+    """Whether these are upstream gradients of `torch.autograd.grad(is_grads_batched=True)`."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
 
 
 def _collectives_are_watched() -> bool:
@@ -176,6 +282,8 @@ def _function(name: str, **methods: Callable[..., Any]) -> Any:
     return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
 
 
-forward = Differentiable(ops.forward, _forward_context, _forward_backward)
-logits_grad = Differentiable(ops.logits_grad, _logits_grad_context, _logits_grad_backward)
-forward_with_grad = Differentiable(ops.forward_with_grad, _with_grad_context, _with_grad_backward)
+forward = Differentiable(ops.forward, _forward_context, _forward_backward, folded)
+logits_grad = Differentiable(
+    ops.logits_grad, _logits_grad_context, _logits_grad_backward, functools.partial(folded, state=2)
+)
+forward_with_grad = Differentiable(ops.forward_with_grad, _with_grad_context, _with_grad_backward, folded)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from mixce_kernels import autograd, backends
-from mixce_kernels.backends.rows import overlaps_itself, rows_of
+from mixce_kernels.backends.rows import check_overwritable, materialized, overlaps_itself, rows_of
 from mixce_kernels.options import (
     TokenOptions,
     accumulate_dtype,
@@ -98,7 +98,14 @@ def fused_mixce_loss(
         RuntimeError: the backend asked for cannot serve these logits.
     """
     options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    if inplace_backward and isinstance(logits, Tensor) and not autograd.is_transformed():
+        check_overwritable(logits)
     keywords: dict[str, Any] = {
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
         "reduction": reduction,
         "token_weights": token_weights,
         "num_items_in_batch": num_items_in_batch,
@@ -106,7 +113,6 @@ def fused_mixce_loss(
         "grad_in_forward": grad_in_forward,
         "return_stats": return_stats,
         "validate": validate,
-        **options._asdict(),
     }
     if has_dtensor(logits, targets, eta, token_weights):
         from mixce_kernels import dtensors
@@ -136,6 +142,8 @@ def fused_loss(
     backend: str,  # its name or address, not `reference`
 ) -> Tensor | tuple[Tensor, MixCEStats]:
     """The loss by a backend's kernels, of arguments that were checked before."""
+    if not torch.compiler.is_compiling():
+        logits = materialized(logits)
     if logits.shape[-1] > 0 and rows_of(logits) is None:
         logits = logits.contiguous()
     eta_tensor, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
@@ -148,7 +156,8 @@ def fused_loss(
 
     if grad_in_forward and wants_grad:
         # The gradient is final only if every factor of a token is known before the kernel runs.
-        call = autograd.ForwardWithGradInplace.apply if inplace else autograd.forward_with_grad
+        overwrite = inplace and autograd.hooks_on_saved_tensors() is None
+        call = autograd.ForwardWithGradInplace.apply if overwrite else autograd.forward_with_grad
         loss, _, stats, correct, *_ = call(
             logits, targets, reduced.token_scale(targets), eta_tensor, eta_value, *options, return_stats, backend
         )

@@ -118,12 +118,16 @@ def fused_linear_mixce_loss(
     options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     keywords: dict[str, Any] = {
         "bias": bias,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
         "reduction": reduction,
         "token_weights": token_weights,
         "num_items_in_batch": num_items_in_batch,
         "return_stats": return_stats,
         "validate": validate,
-        **options._asdict(),
     }
     if has_dtensor(hidden, weight, bias, targets, eta, token_weights):
         from mixce_kernels import dtensors
@@ -142,8 +146,10 @@ def fused_linear_mixce_loss(
     shard = None
     if vocab_start is not None:
         check_shard_range(vocab_start, vocab_size)
-        has_weights = token_weights is not None
-        shard = Shard(group_name(group), vocab_start, vocab_size, check_group, reduction, has_weights)
+        shard = Shard(
+            group_name(group), vocab_start, vocab_size, check_group, reduction,
+            token_weights=token_weights is not None, hidden_grad=hidden.requires_grad and torch.is_grad_enabled(),
+        )  # fmt: skip
     backend = _resolve(backend, path, hidden, weight, compute_dtype)
     if shard is not None and (validate or backend == "reference"):
         signature = shard.signature(
@@ -151,7 +157,7 @@ def fused_linear_mixce_loss(
             max_chunk_bytes=max_chunk_bytes, reference=backend == "reference",
             validate=validate or hidden.device.type == "cpu",
         )  # fmt: skip
-        shard.check_call(signature, targets, eta, ignore_index, hidden.device)
+        shard.check_call(signature, targets, eta, ignore_index, weight)
     reduced = Reduction.of(reduction, targets, ignore_index, token_weights, num_items_in_batch)
     if backend == "reference" and shard is not None:
         # Added up in the type of accumulation, and rounded once.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixce_kernels import backends, linear_ops
 from mixce_kernels.autocast import without_autocast
-from mixce_kernels.autograd import Differentiable, is_plain
+from mixce_kernels.autograd import Differentiable, is_plain, looped
 from mixce_kernels.collectives import copy_to
 from mixce_kernels.linear_ops import N_SHARED, Inputs
 from mixce_kernels.reference import linear_logits
@@ -125,5 +125,7 @@ def _all_grads(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...
     return *grads, *(None,) * (ctx.n_inputs - _N_DIFFERENTIATED)
 
 
-linear_forward = Differentiable(linear_ops.linear_forward, _forward_context, _forward_backward)
-linear_forward_with_grad = Differentiable(linear_ops.linear_forward_with_grad, _with_grad_context, _with_grad_backward)
+linear_forward = Differentiable(linear_ops.linear_forward, _forward_context, _forward_backward, looped)
+linear_forward_with_grad = Differentiable(
+    linear_ops.linear_forward_with_grad, _with_grad_context, _with_grad_backward, looped
+)

@@ -11,11 +11,13 @@ hidden states is added up over the ranks.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from mixce_kernels import linear_chunks
 from mixce_kernels.agreement import Signature
@@ -70,7 +72,7 @@ class Inputs:
         """
         vocab_size, nominal = self.weight.shape[0], None
         if self.shard is not None:
-            vocab_size, nominal = self.shard.whole(self._signature(self.shard, with_stats), self.hidden.device)
+            vocab_size, nominal = self.shard.whole(self._signature(self.shard, with_stats), self.weight)
         if self.backend_name == "cpu":
             check_targets_in_range(self.targets, self.options.ignore_index, vocab_size)
         return self.call(nominal)
@@ -84,7 +86,7 @@ class Inputs:
             return self.call()
         # Whether the calls fit together is known by now.
         shard = self.shard._replace(check_group=False)
-        return self.call(shard.whole(self._signature(shard, False), self.hidden.device)[1])
+        return self.call(shard.whole(self._signature(shard, False), self.weight)[1])
 
     def _signature(self, shard: Shard, with_stats: bool) -> Signature:
         tokens, hidden_size = self.hidden.shape
@@ -184,3 +186,17 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     inputs, (with_stats, token_scale, wanted) = Inputs(args), args[N_SHARED:]
     loss, *others = inputs.empty_results(with_stats)
     return _weighted_sum(loss, token_scale), *others, *inputs.empty_grads(wanted)
+
+
+# What `torch.utils.flop_counter.FlopCounterMode` counts: products of all rows, as torch.nn.functional.linear's.
+
+
+@register_flop_formula(torch.ops.mixce_kernels.linear_forward)
+def _(hidden_shape: torch.Size, weight_shape: torch.Size, *_args: Any, **_others: Any) -> int:
+    return 2 * math.prod(hidden_shape) * weight_shape[0]
+
+
+@register_flop_formula([torch.ops.mixce_kernels.linear_grad, torch.ops.mixce_kernels.linear_forward_with_grad])
+def _(hidden_shape: torch.Size, weight_shape: torch.Size, *args: Any, **_others: Any) -> int:
+    wants_hidden, wants_weight, _ = args[-1]
+    return 2 * math.prod(hidden_shape) * weight_shape[0] * (1 + wants_hidden + wants_weight)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TARGET_DTYPES = (torch.int64, torch.int32)
 REDUCTIONS = ("none", "mean", "sum")
 PATHS = ("chunks", "tiles")
+# A schedule computed in floating point ends this far outside of [0, 1] at most.
+ETA_ROUNDING = 1e-6
 
 
 class TokenOptions(NamedTuple):
@@ -42,6 +46,8 @@ def check_token_options(
     """
     if not isinstance(ignore_index, numbers.Integral):
         raise TypeError(f"expected ignore_index to be an int, got {_describe(ignore_index)}")
+    ignore_index = concrete(int(ignore_index))
+    _check_int64("ignore_index", ignore_index)
     label_smoothing = _number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"expected label_smoothing in [0, 1], got {label_smoothing}")
@@ -55,7 +61,16 @@ def check_token_options(
     logit_scale = _number("logit_scale", logit_scale)
     if not 0.0 < logit_scale < math.inf:
         raise ValueError(f"expected logit_scale to be a positive finite number, got {logit_scale}")
-    return TokenOptions(int(ignore_index), label_smoothing, z_loss, softcap, logit_scale)
+    return TokenOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+
+
+def concrete(number: Any) -> Any:
+    """The Python number itself, where a compiler traces it as a symbol: another number compiles anew.
+
+    As an argument of an operator a symbol is baked into the compiled code without a guard, and later calls get the
+    result of an earlier number (torch 2.8 to 2.15; torch.nn.functional.cross_entropy's label_smoothing, too).
+    """
+    return guard_scalar(number) if torch.compiler.is_compiling() else number
 
 
 def has_dtensor(*values: object) -> bool:
@@ -102,6 +117,8 @@ def check_shard_range(vocab_start: int, vocab_size: int | None) -> None:
     for name, value in (("vocab_start", vocab_start), ("vocab_size", vocab_size)):
         if (value is not None or name == "vocab_start") and not _is_integer(value):
             raise TypeError(f"expected {name} to be an int, got {_describe(value)}")
+        if value is not None:
+            _check_int64(name, value)
     if vocab_size is not None and vocab_size < 1:
         raise ValueError(f"expected vocab_size to be positive, got {vocab_size}")
 
@@ -162,6 +179,7 @@ def check_linear_options(max_chunk_bytes: int | None, path: str, backend: str | 
             raise TypeError(f"expected max_chunk_bytes to be None or an int, got {_describe(max_chunk_bytes)}")
         if max_chunk_bytes <= 0:
             raise ValueError(f"expected max_chunk_bytes to be positive, got {max_chunk_bytes}")
+        _check_int64("max_chunk_bytes", max_chunk_bytes)
     if path not in PATHS:
         raise ValueError(f"expected path 'chunks' or 'tiles', got {path!r}")
     if path == "tiles" and backend not in (None, "triton"):
@@ -171,30 +189,44 @@ def check_linear_options(max_chunk_bytes: int | None, path: str, backend: str | 
 
 
 def check_eta_number(eta: float) -> float:
-    """Eta as a Python float; raises TypeError unless it is a number, ValueError unless it is in [0, 1]."""
-    eta = _number("eta", eta)
-    if not 0.0 <= eta <= 1.0:
+    """Eta as a Python float; the end of [0, 1] that it misses by a rounding.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is outside [0, 1] by more than a rounding, or NaN.
+    """
+    eta = _float("eta", eta)
+    if not -ETA_ROUNDING <= eta <= 1.0 + ETA_ROUNDING:
         raise ValueError(f"expected eta in [0, 1], got {eta}")
-    return eta
+    if eta < 0.0:
+        return 0.0
+    return 1.0 if eta > 1.0 else eta
 
 
 def check_eta(eta: float | Tensor, targets: Tensor) -> float | Tensor:
-    """Eta as a Python float, or as a floating tensor that is a view of targets' shape [...].
+    """Eta as a Python float, or as a floating tensor of targets' shape [...] that later writes to eta do not change.
+
+    Where a compiler traces the call a number becomes a tensor, too: data of the graph, which a schedule may change at
+    every step.
 
     Raises:
         TypeError: eta is neither a number nor a floating tensor.
         ValueError: a number outside [0, 1], or a tensor that requires grad, lies elsewhere or does not broadcast.
     """
     if not isinstance(eta, Tensor):
-        return check_eta_number(eta)
+        eta = check_eta_number(eta)
+        if not torch.compiler.is_compiling():
+            return eta
+        # As a sum: `torch.full` would bake a number in that the compiler traces as a symbol.
+        return (torch.zeros((), dtype=torch.float64, device=targets.device) + eta).expand(targets.shape)
     if not eta.is_floating_point():
         raise TypeError(f"expected eta to be a number or a floating tensor, got a tensor of {eta.dtype}")
-    if eta.requires_grad:
-        raise ValueError("expected eta without requires_grad, since the loss is not differentiated by it, got one with")
+    _check_constant("eta", eta)
     if eta.device != targets.device:
         raise ValueError(f"expected eta on {targets.device} with the logits, got {eta.device}")
     try:
-        return eta.expand(targets.shape)
+        # A copy: the forward's weights count, also where eta is overwritten before backward.
+        return (eta.clone() if torch.is_grad_enabled() else eta).expand(targets.shape)
     except RuntimeError:
         raise ValueError(
             f"expected eta to broadcast to targets of shape {list(targets.shape)}, got shape {list(eta.shape)}"
@@ -215,6 +247,7 @@ def check_reduction(
     if token_weights is not None:
         if not isinstance(token_weights, Tensor) or not token_weights.is_floating_point():
             raise TypeError(f"expected token_weights to be a floating tensor, got {_describe(token_weights)}")
+        _check_constant("token_weights", token_weights)
         if token_weights.shape != targets.shape:
             raise ValueError(
                 f"expected token_weights of targets' shape {list(targets.shape)}, got {list(token_weights.shape)}"
@@ -226,12 +259,13 @@ def check_reduction(
     if reduction != "mean":
         raise ValueError(f"expected num_items_in_batch with reduction='mean' alone, got reduction={reduction!r}")
     if isinstance(num_items_in_batch, Tensor):
+        _check_constant("num_items_in_batch", num_items_in_batch)
         if num_items_in_batch.numel() != 1:
             raise ValueError(
                 "expected num_items_in_batch to be a number or a tensor of one element, got a tensor of shape "
                 f"{list(num_items_in_batch.shape)}"
             )
-    elif not 0.0 <= _number("num_items_in_batch", num_items_in_batch) < math.inf:
+    elif not 0.0 <= _float("num_items_in_batch", num_items_in_batch) < math.inf:
         raise ValueError(f"expected num_items_in_batch to be finite and not negative, got {num_items_in_batch}")
 
 
@@ -240,11 +274,23 @@ def check_values(targets: Tensor, eta: float | Tensor, ignore_index: int, vocab_
 
     Raises:
         IndexError: a target is neither in [0, vocab_size) nor ignore_index; names the first such row and its value.
-        ValueError: an entry of eta is outside [0, 1] or NaN.
+        ValueError: an entry of eta is outside [0, 1] or NaN; or `torch.vmap` batches the tensors.
     """
+    if is_batched(targets) or (isinstance(eta, Tensor) and is_batched(eta)):
+        raise ValueError("expected validate=False under torch.vmap, got True")
     check_targets_in_range(targets, ignore_index, vocab_size)
-    if isinstance(eta, Tensor) and not ((eta >= 0) & (eta <= 1)).all():
+    if isinstance(eta, Tensor) and not ((eta >= -ETA_ROUNDING) & (eta <= 1 + ETA_ROUNDING)).all():
         raise ValueError("expected every entry of eta in [0, 1], got one outside")
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether the tensor is a batch of `torch.vmap`, whose values no single call can read."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
 
 
 def check_targets_in_range(targets: Tensor, ignore_index: int, vocab_size: int) -> None:
@@ -265,6 +311,15 @@ def _check_values_tensor(name: str, values: Tensor) -> None:
         raise TypeError(f"expected {name} to be a tensor, got {_describe(values)}")
     if values.dtype not in LOGITS_DTYPES:
         raise TypeError(f"expected {name} of {_names(LOGITS_DTYPES)}, got {values.dtype}")
+    if type(values) in (Tensor, Parameter) or torch.compiler.is_compiling():
+        return
+    # A quantized tensor gives the dtype of what it stands for.
+    if is_traceable_wrapper_subclass(values):
+        for attribute in values.__tensor_flatten__()[0]:
+            held = getattr(values, attribute)
+            if isinstance(held, Tensor) and held.dtype != values.dtype:
+                kind = f"{type(values).__name__} of {held.dtype}"
+                raise TypeError(f"expected {name} that holds its numbers as {values.dtype}, got {kind}")
 
 
 def _check_targets(name: str, values: Tensor, targets: Tensor) -> None:
@@ -281,16 +336,36 @@ def _check_targets(name: str, values: Tensor, targets: Tensor) -> None:
         raise ValueError(f"expected targets on {values.device} with the {name}, got {targets.device}")
 
 
+def _check_constant(name: str, tensor: Tensor) -> None:
+    if tensor.requires_grad:
+        raise ValueError(
+            f"expected {name} without requires_grad, since the loss is not differentiated by it, got one with"
+        )
+
+
 def _is_integer(value: object) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
+def _check_int64(name: str, value: int) -> None:
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"expected {name} to be an int of 64 bits, got {value}")
+
+
 def _number(name: str, value: object) -> float:
+    """An option as a Python float that an operator may have."""
+    return float(concrete(_float(name, value)))
+
+
+def _float(name: str, value: object) -> float:
     if type(value) is float:
         return value
     if not isinstance(value, numbers.Real):
         raise TypeError(f"expected {name} to be a number, got {_describe(value)}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"expected {name} to be a number that a float holds, got {value}") from None
 
 
 def _describe(value: object) -> str:

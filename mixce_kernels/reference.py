@@ -22,6 +22,7 @@ from mixce_kernels.options import (
     check_tensors,
     check_token_options,
     check_values,
+    is_batched,
 )
 from mixce_kernels.stats import MixCEStats
 
@@ -53,7 +54,8 @@ def mixce_loss_reference(
     check_tensors(logits, targets)
     eta = check_eta(eta, targets)
     check_reduction(reduction, targets, token_weights, num_items_in_batch)
-    if validate or (logits.device.type == "cpu" and not torch.compiler.is_compiling()):
+    readable = logits.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(targets)
+    if validate or readable:
         check_values(targets, eta, ignore_index, logits.shape[-1])
 
     loss, stats = token_losses(logits, targets, eta, options)
@@ -167,19 +169,22 @@ def linear_mixce_loss_reference(
     (float64 for float64 tensors); under autocast the operands are rounded to its type first. `max_chunk_bytes` and
     `path` change no value. Differentiable any number of times.
     """
-    options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     compute_dtype = check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden))
     check_linear_options(max_chunk_bytes, path, None)
     return mixce_loss_reference(
         linear_logits(hidden, weight, bias, targets != ignore_index, compute_dtype),
         targets,
         eta,
+        ignore_index=ignore_index,
         reduction=reduction,
         token_weights=token_weights,
         num_items_in_batch=num_items_in_batch,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
         return_stats=return_stats,
         validate=validate,
-        **options._asdict(),
     )
 
 

@@ -4,11 +4,36 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+class TokenMeans(NamedTuple):
+    """Means over valid tokens: 0-d tensors of the statistics' dtype, on their device; NaN where no token is valid.
+
+    Attributes:
+        nll: negative log-likelihood of the targets, in nats: the plain cross-entropy, comparable between etas.
+        perplexity: exp(nll).
+        q: the model's probability of the target.
+        weight: the token's weight in the mixture.
+        lse: log-sum-exp of the logits, in nats.
+        entropy: of the model's distribution, in nats.
+        accuracy: the share of tokens whose target is the first of the largest logits.
+    """
+
+    nll: Tensor
+    perplexity: Tensor
+    q: Tensor
+    weight: Tensor
+    lse: Tensor
+    entropy: Tensor
+    accuracy: Tensor
 
 
 class MixCEStats(NamedTuple):
     """Detached statistics of each token, in targets' shape [...] and the loss's dtype, 0 where ignored.
+
+    `means()` averages them over the tokens that are not ignored, which `stats.nll.mean()` would count as 0.
 
     Attributes:
         nll: negative log-likelihood of the target in nats, after `logit_scale` and `softcap`, without smoothing.
@@ -25,6 +50,23 @@ class MixCEStats(NamedTuple):
     lse: Tensor
     entropy: Tensor
     correct: Tensor
+
+    @property
+    def valid(self) -> Tensor:
+        """Which tokens are not ignored: [...] bool."""
+        # A token has q = 1 where its nll is 0, and an ignored one 0 for both.
+        return (self.q != 0) | (self.nll != 0)
+
+    def means(self) -> TokenMeans:
+        """The means over the tokens that are not ignored, from float64 sums; does not synchronise with a GPU."""
+        *sums, count = self.sums().unbind()
+        nll, q, weight, lse, entropy, accuracy = (total / count for total in sums)
+        means = (nll, nll.exp(), q, weight, lse, entropy, accuracy)
+        return TokenMeans(*(mean.to(self.nll.dtype) for mean in means))
+
+    def sums(self) -> Tensor:
+        """Sums over the tokens, [7] float64: the attributes in their order, and the number of valid tokens."""
+        return torch.stack([column.sum(dtype=torch.float64) for column in (*self, self.valid)])
 
     @classmethod
     def of(cls, stats: Tensor, correct: Tensor) -> MixCEStats:

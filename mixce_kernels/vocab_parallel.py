@@ -6,6 +6,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixce_kernels import backends
+from mixce_kernels.autograd import is_transformed
+from mixce_kernels.backends.rows import check_overwritable
 from mixce_kernels.backends.shards import Shard
 from mixce_kernels.collectives import group_name
 from mixce_kernels.functional import fused_loss
@@ -95,6 +97,8 @@ def vocab_parallel_mixce_loss(
     """
     options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     check_shard_tensors(logits_shard, targets)
+    if inplace_backward and not is_transformed():
+        check_overwritable(logits_shard)
     check_shard_range(vocab_start, vocab_size)
     eta = check_eta(eta, targets)
     check_reduction(reduction, targets, token_weights, num_items_in_batch)
@@ -105,7 +109,7 @@ def vocab_parallel_mixce_loss(
             logits_shard.shape[-1], targets.numel(), logits_shard.dtype, eta, options, return_stats,
             reference=backend == "reference", validate=validate or logits_shard.device.type == "cpu",
         )  # fmt: skip
-        shard.check_call(signature, targets, eta, ignore_index, logits_shard.device)
+        shard.check_call(signature, targets, eta, ignore_index, logits_shard)
     reduced = Reduction.of(reduction, targets, ignore_index, token_weights, num_items_in_batch)
     if backend == "reference":
         loss, stats = sharded_token_losses(shard, logits_shard, targets, eta, options)

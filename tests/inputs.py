@@ -19,8 +19,8 @@ class Inputs:
     """The tensors of a case, and what the oracle and the rule need to know of them."""
 
     case: Case
-    logits: Tensor  # [..., V], a leaf that requires grad
-    memory: Tensor  # what `logits` is a view of
+    logits: Tensor  # [..., V], requires grad, and no leaf: it may be overwritten
+    memory: Tensor  # in which the logits lie
     targets: Tensor  # [...]
     eta: float | Tensor
     upstream: Tensor | None  # of the loss's shape
@@ -62,7 +62,7 @@ class Inputs:
         logits = memory.as_strided(self.logits.shape, self.logits.stride(), self.logits.storage_offset())
         moved = {name: move(value, device) for name, value in self.keywords.items()}
         return Inputs(
-            self.case, logits.requires_grad_(), memory, move(self.targets, device), move(self.eta, device),
+            self.case, computed(logits), memory, move(self.targets, device), move(self.eta, device),
             move(self.upstream, device), moved,
         )  # fmt: skip
 
@@ -80,13 +80,29 @@ def move(value: Any, device: str) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
+class _Computed(torch.autograd.Function):
+    """A tensor of the graph that is no leaf, and lies where another tensor does."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, values: Tensor) -> Tensor:
+        return values.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def computed(values: Tensor) -> Tensor:
+    """The values where they lie, as if a model had computed them: they require a gradient, and may be overwritten."""
+    return _Computed.apply(torch.zeros((), device=values.device, requires_grad=True), values)
+
+
 def build(case: Case) -> Inputs:
     """The tensors of a case, the same on every call."""
     generator = torch.Generator().manual_seed(zlib.crc32(str(case).encode()))
     *leading, _ = case.shape
     targets = _targets(case, generator)
     values = _logits(case, targets, generator)
-    logits, memory = _laid_out(values, case.layout)
     accumulate = accumulate_dtype(case.dtype)
     keywords: dict[str, Any] = {**case.options._asdict(), **MODES[case.mode], "reduction": case.reduction}
     if case.token_weights:
@@ -103,9 +119,9 @@ def build(case: Case) -> Inputs:
         "expanded": lambda: torch.tensor(-1.3, dtype=accumulate).expand(leading),
     }
     upstream = upstreams.get(case.upstream, lambda: torch.full(shape, float(case.upstream), dtype=accumulate))()
-    return Inputs(
-        case, logits.requires_grad_(), memory, targets, _eta(case.eta, leading, generator), upstream, keywords
-    )
+    logits, memory = _laid_out(values, case.layout)
+    eta = _eta(case.eta, leading, generator)
+    return Inputs(case, computed(logits), memory, targets, eta, upstream, keywords)
 
 
 def _targets(case: Case, generator: torch.Generator) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 import torch.utils.checkpoint
 from cases import MODES
 from conftest import INTERPRETED
+from inputs import computed
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -68,8 +69,8 @@ def test_directional_derivative_in_place(kernels: str, mode: str, options: dict[
     """Gradcheck runs backward more than once a forward, which these modes refuse: so by hand, along one direction."""
     logits, targets, _ = inputs()
     loss = cross_entropy(kernels, mode, targets, **options)
-    leaf = logits.detach().clone().requires_grad_()
-    (grad,) = torch.autograd.grad(loss(leaf), leaf)
+    written = computed(logits.detach().clone())
+    (grad,) = torch.autograd.grad(loss(written), written)
     direction = torch.randn_like(grad)
     ahead, behind = (loss(logits.detach() + sign * 1e-6 * direction) for sign in (1, -1))
     torch.testing.assert_close((grad * direction).sum(), (ahead - behind) / 2e-6, rtol=1e-6, atol=1e-8)
@@ -90,10 +91,10 @@ def test_the_weight_is_held_fixed(backend: str, mode: str, options: dict[str, fl
         z_loss = fused_mixce_loss(logits, targets, 1.0, **keywords, **options)
         weighted = weighted + z_loss - fused_mixce_loss(logits, targets, 1.0, **keywords, **without_z_loss)
     (expected,) = torch.autograd.grad(weighted, logits, upstream)
-    leaf = logits.detach().clone().requires_grad_()
-    loss = fused_mixce_loss(leaf, targets, eta, **keywords, **MODES[mode], **options)
+    written = computed(logits.detach().clone())
+    loss = fused_mixce_loss(written, targets, eta, **keywords, **MODES[mode], **options)
     torch.testing.assert_close(loss, weighted, rtol=1e-13, atol=1e-14)
-    (grad,) = torch.autograd.grad(loss, leaf, upstream)
+    (grad,) = torch.autograd.grad(loss, written, upstream)
     torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -153,6 +154,7 @@ def test_create_graph_in_place(kernels: str, mode: str) -> None:
     reference = logits.detach().clone().requires_grad_()
     (expected,) = torch.autograd.grad(mixce_loss_reference(reference, targets, 0.3), reference, create_graph=True)
     (expected_second,) = torch.autograd.grad(expected.square().sum(), reference)
+    logits = computed(logits.detach())
     loss = fused_mixce_loss(logits, targets, 0.3, backend=kernels, **MODES[mode])
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
     torch.testing.assert_close(grad, expected, rtol=1e-11, atol=1e-13)
@@ -171,7 +173,7 @@ def test_autocast_reads_logits_as_they_are(backend: str, mode: str, dtype: torch
     values, targets = torch.randn(5, 70).to(dtype), torch.tensor([1, 2, -100, 4, 69])
     results = []
     for enabled in (False, True):
-        logits = values.clone().requires_grad_()
+        logits = computed(values.clone())
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             loss = fused_mixce_loss(logits, targets, 0.3, backend=backend, **MODES[mode])
         assert loss.dtype == torch.float32

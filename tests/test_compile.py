@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,10 +11,11 @@ import torch._dynamo
 import torch._dynamo.testing
 from cases import MODES
 from conftest import INTERPRETED
+from inputs import computed
 from linear_cases import LINEAR_OPERATORS
 from torch import Tensor
 
-from mixce_kernels import MixCELoss, fused_mixce_loss
+from mixce_kernels import MixCELoss, fused_linear_mixce_loss, fused_mixce_loss
 
 EVERY_MODE = pytest.mark.parametrize("mode", MODES)
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="interpreted kernels are not compiled")
@@ -38,9 +39,9 @@ def inputs(rows: int = 6, vocab_size: int = 300, device: str = "cpu") -> tuple[T
 
 def loss_and_grad(function: Any, logits: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
     """Of a copy of the logits."""
-    leaf = logits.clone().requires_grad_()
-    loss = function(leaf, *args, **keywords)
-    return loss.detach(), *torch.autograd.grad(loss.sum() * 1.5, leaf)
+    copy = computed(logits.clone())
+    loss = function(copy, *args, **keywords)
+    return loss.detach(), *torch.autograd.grad(loss.sum() * 1.5, copy)
 
 
 def assert_same(compiled: tuple[Tensor, ...], eager: tuple[Tensor, ...]) -> None:
@@ -140,6 +141,82 @@ def test_eta_schedule_does_not_recompile(backend: str, device: str) -> None:
             loss_and_grad(fused_mixce_loss, logits, targets, value, backend=backend),
         )
     assert counter.frame_count == 1
+
+
+# Each option as a number that is derived from another, which the graph has a use for, too.
+NUMBERS: dict[str, Callable[[float], tuple[float, dict[str, float]]]] = {
+    "eta": lambda number: (1 - 0.1 * number, {}),
+    "logit_scale": lambda number: (1.0, {"logit_scale": 1 / number}),
+    "label_smoothing": lambda number: (0.5, {"label_smoothing": number / 20}),
+    "z_loss": lambda number: (0.5, {"z_loss": number / 10}),
+    "softcap": lambda number: (0.5, {"softcap": 2 * number}),
+    "num_items_in_batch": lambda number: (0.5, {"num_items_in_batch": number + 0.5}),
+    "ignore_index": lambda number: (0.5, {"ignore_index": int(number) + 2}),
+}
+
+
+def losses_of_numbers(name: str, loss: Callable[..., Any], *, dynamic: bool | None, compiler: str) -> int:
+    """Holds a compiled call to the eager one for eight numbers in turn; returns how often it was compiled."""
+    logits, targets = inputs(vocab_size=12)
+    targets = targets.clamp(min=0)
+
+    def scaled(logits: Tensor, number: float) -> Tensor:
+        eta, options = NUMBERS[name](number)
+        return loss(logits, targets, eta, **options) * number**2
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+    compiled = torch.compile(scaled, dynamic=dynamic, fullgraph=True, backend=counter)
+    for number in (1.0, 2.0, 3.0, 4.0, 5.5, 1.5, 6.0, 2.0):
+        assert_same(loss_and_grad(compiled, logits, number), loss_and_grad(scaled, logits, number))
+    return counter.frame_count
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_are_those_of_the_call(name: str, dynamic: bool | None) -> None:
+    """A number that changes from call to call, as a temperature does, never counts in a later one."""
+    losses_of_numbers(name, fused_mixce_loss, dynamic=dynamic, compiler="aot_eager")
+
+
+@pytest.mark.parametrize("name", ["eta", "logit_scale", "label_smoothing"])
+@pytest.mark.parametrize("again", [False, True])
+def test_numbers_and_the_compiler_s_cache(name: str, again: bool) -> None:
+    """What the compiler has stored of a number, in this process or in an earlier one, serves no other number."""
+    losses_of_numbers(name, fused_mixce_loss, dynamic=True, compiler="inductor")
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_numbers_of_a_linear_loss(dynamic: bool | None) -> None:
+    """The same for the loss from hidden states."""
+    weight = torch.eye(12)
+    for name in NUMBERS:
+        torch._dynamo.reset()
+        losses_of_numbers(
+            name,
+            lambda hidden, targets, eta, **options: fused_linear_mixce_loss(hidden, weight, targets, eta, **options),
+            dynamic=dynamic,
+            compiler="aot_eager",
+        )
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("attribute", [False, True])
+def test_eta_as_a_number_does_not_recompile(backend: str, attribute: bool, dynamic: bool | None) -> None:
+    """An argument, or the attribute of a module, that changes at every step: data of at most two graphs."""
+    logits, targets = inputs()
+    module = MixCELoss(backend=backend)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        module if attribute else fused_mixce_loss, fullgraph=True, dynamic=dynamic, backend=counter
+    )
+    for step in range(12):
+        module.eta = eta = 1 - step / 13
+        keywords = {} if attribute else {"eta": eta, "backend": backend}
+        assert_same(
+            loss_and_grad(compiled, logits, targets, **keywords),
+            loss_and_grad(fused_mixce_loss, logits, targets, eta, backend=backend),
+        )
+    assert counter.frame_count <= 2
 
 
 def test_statistics(backend: str, device: str) -> None:

@@ -146,7 +146,8 @@ def whole(tensor: Tensor, placements: Placements) -> Tensor:
 def as_in_one_process(mesh: DeviceMesh, turn: Turn) -> None:
     """Loss and gradient by the accuracy rule; every result's placements."""
     inputs = build(turn.case)
-    logits = distribute_tensor(inputs.logits.detach().contiguous(), mesh, turn.placements).requires_grad_()
+    # No leaf: it may be overwritten.
+    logits = distribute_tensor(inputs.logits.detach().contiguous(), mesh, turn.placements).requires_grad_() * 1
     tokens = of_tokens(turn.placements, logits.dim())
     targets, eta, keywords = distributed_tokens(turn, inputs, mesh, tokens)
     with_stats = turn.number % 2 == 1

@@ -26,6 +26,28 @@ def targets(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.zeros(shape or (2, 3), dtype=dtype)
 
 
+class Quantized(Tensor):
+    """A tensor that stands for float32 numbers and holds others, as those of torchao do."""
+
+    @staticmethod
+    def __new__(cls, values: Tensor) -> Quantized:
+        return Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32, requires_grad=False)
+
+    def __init__(self, values: Tensor) -> None:
+        self.held = values.to(torch.int8)
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["held"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], context: None, size: Any, stride: Any) -> Quantized:
+        return Quantized(inner["held"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(f"{function} is not implemented")
+
+
 META = torch.zeros(2, 3, device="meta")
 
 # Positional arguments, keywords, error, and the sentence.
@@ -65,6 +87,22 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] =
     "eta_validated_nan": (
         (logits(), targets(), torch.tensor(nan)), {"validate": True}, ValueError, r"every entry of eta in \[0, 1\], got"
     ),
+    "eta_above_by_more_than_a_rounding": (
+        (logits(), targets(), 1.00001), {}, ValueError, r"expected eta in \[0, 1\], got 1.00001"
+    ),
+    "eta_too_large": ((logits(), targets(), 10**400), {}, ValueError, "eta to be a number that a float holds, got 10"),
+    "weights_require_grad": (
+        (logits(), targets()), {"token_weights": torch.ones(2, 3, requires_grad=True)}, ValueError,
+        "token_weights without requires_grad",
+    ),
+    "num_items_requires_grad": (
+        (logits(), targets()), {"num_items_in_batch": torch.ones((), requires_grad=True)}, ValueError,
+        "num_items_in_batch without requires_grad",
+    ),
+    "logits_quantized": (
+        (Quantized(torch.zeros(2, 3, 8)), targets()), {}, TypeError,
+        "logits that holds its numbers as torch.float32, got Quantized of torch.int8",
+    ),
     "weights_type": (
         (logits(), targets()), {"token_weights": [1.0]}, TypeError, "token_weights to be a floating tensor, got list"
     ),
@@ -98,6 +136,17 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "reduction": ({"reduction": "average"}, ValueError, "expected reduction 'none', 'mean' or 'sum', got 'average'"),
     "reduction_none": ({"reduction": None}, ValueError, "expected reduction 'none', 'mean' or 'sum', got None"),
     "ignore_index": ({"ignore_index": 0.5}, TypeError, "expected ignore_index to be an int, got float"),
+    "ignore_index_large": (
+        {"ignore_index": 2**63},
+        ValueError,
+        "ignore_index to be an int of 64 bits, got 92233720368",
+    ),
+    "ignore_index_small": (
+        {"ignore_index": -(2**63) - 1},
+        ValueError,
+        "ignore_index to be an int of 64 bits, got -922",
+    ),
+    "z_loss_too_large": ({"z_loss": 10**400}, ValueError, "z_loss to be a number that a float holds, got 1000"),
     "ignore_index_none": ({"ignore_index": None}, TypeError, "expected ignore_index to be an int, got NoneType"),
     "smoothing_negative": ({"label_smoothing": -0.1}, ValueError, r"label_smoothing in \[0, 1\], got -0.1"),
     "smoothing_above": ({"label_smoothing": 1.1}, ValueError, r"label_smoothing in \[0, 1\], got 1.1"),
@@ -150,6 +199,20 @@ def test_wrong_options(name: str) -> None:
         with pytest.raises(error, match=sentence) as caught:
             call()
         assert_sentence(caught)
+
+
+@pytest.mark.parametrize(("eta", "end"), [(-3.2e-16, 0.0), (-1e-6, 0.0), (1 + 1e-9, 1.0), (1 + 1e-6, 1.0)])
+@pytest.mark.parametrize("function", [fused_mixce_loss, mixce_loss_reference], ids=lambda function: function.__name__)
+def test_a_schedule_s_last_step(function: Callable[..., Tensor], eta: float, end: float) -> None:
+    """A number that misses the range by a rounding is its end, as an argument, in a module, and under validation."""
+    values = torch.randn(2, 3, 8), targets()
+    expected = function(*values, end)
+    assert torch.equal(function(*values, eta), expected)
+    torch.testing.assert_close(function(*values, torch.tensor(eta), validate=True), expected)
+    assert MixCELoss(eta).eta == end
+    module = MixCELoss()
+    module.eta = eta
+    torch.testing.assert_close(module(*values), expected)
 
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, nan])

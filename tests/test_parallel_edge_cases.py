@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import EMULATED
+from inputs import computed
 from ranks import run_ranks
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_gather_tensor
@@ -60,7 +61,7 @@ def _holds(
     expected = mixce_loss_reference(whole, targets, 0.3, **options)
     (grad,) = torch.autograd.grad(expected, whole, torch.full_like(expected, upstream))
     for backend in BACKENDS:
-        shard = logits[..., begin:end].clone().requires_grad_()
+        shard = computed(logits[..., begin:end].clone())
         loss = vocab_parallel_mixce_loss(
             shard, targets, 0.3, group=group, vocab_start=begin, backend=backend, **options
         )
@@ -231,6 +232,65 @@ def differences() -> None:
             loss_of(group, backend="cpu")
 
 
+def hidden_states_that_one_rank_differentiates() -> None:
+    """Backward adds up their gradient: a sentence on every rank, at a group's first call and at later ones."""
+    _, targets = _tokens()
+    begin, end = _columns()
+    weight = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=torch.Generator().manual_seed(2))[begin:end]
+    for met in (False, True):
+        for vocab_size in (None, VOCAB_SIZE):
+            for backend in BACKENDS:
+                group = dist.new_group()
+
+                def call(requires_grad: bool) -> None:
+                    hidden = torch.ones(TOKENS, HIDDEN_SIZE, requires_grad=requires_grad)
+                    fused_linear_mixce_loss(
+                        hidden, weight.clone().requires_grad_(), targets, 0.3, group=group, vocab_start=begin,  # noqa: B023
+                        vocab_size=vocab_size, backend=backend,  # noqa: B023
+                    ).backward()  # fmt: skip
+
+                if met and backend == "reference":
+                    continue
+                if met:
+                    call(True)
+                with pytest.raises(ValueError, match="whether the hidden states require a gradient on every rank"):
+                    call(dist.get_rank() == 1)
+                call(False)
+
+
+def gathered_vocabularies() -> None:
+    """Whole logits, or the whole weight, on every rank, with the columns of a shard: no part of a larger vocabulary.
+
+    Unless the size of the vocabulary says so; and alike in every number they are at a training's first step.
+    """
+    logits, targets = _tokens()
+    weight = torch.randn(VOCAB_SIZE, HIDDEN_SIZE, generator=torch.Generator().manual_seed(2))
+    hidden, start = torch.ones(TOKENS, HIDDEN_SIZE), dist.get_rank() * VOCAB_SIZE
+    every = RANKS * VOCAB_SIZE
+
+    def plain(values: Tensor, **keywords: Any) -> Any:
+        return vocab_parallel_mixce_loss(values, targets, group=dist.new_group(), vocab_start=start, **keywords)
+
+    def linear(values: Tensor, **keywords: Any) -> Any:
+        return fused_linear_mixce_loss(
+            hidden, values, targets, group=dist.new_group(), vocab_start=start, **keywords
+        )  # fmt: skip
+
+    for call, values, what in ((plain, logits, "logits"), (linear, weight, "weight")):
+        for options in ({}, {"backend": "reference"}, {"validate": True}):
+            with pytest.raises(ValueError, match=rf"own columns, got the same {what} on all {RANKS} ranks .*={every} "):
+                call(values, **options)
+            with pytest.raises(ValueError, match=rf"of vocab_size={VOCAB_SIZE}, got the same {what} of {VOCAB_SIZE} "):
+                call(values, vocab_size=VOCAB_SIZE, **options)
+            call(values, vocab_size=every, **options)
+            call(torch.zeros_like(values), **options)
+            call(values, check_group=False, **options)
+    # Of ignored tokens nothing is known, and -inf is no number to compare by.
+    masked = torch.full_like(logits, -torch.inf)
+    masked[:, dist.get_rank()] = 0.0
+    plain(masked)
+
+
 def another_life() -> None:
     """Groups, and all of torch.distributed, may end and begin anew: the first call is compared again."""
     logits, targets = _tokens()
@@ -249,7 +309,8 @@ CASES: dict[str, Callable[[], None]] = {
     case.__name__: case
     for case in (
         ignore_index_of_any_size, sub_groups, infinities_of_a_whole_shard, any_shape, checkpoints, transformations,
-        tensors_in_flight, one_graph, differences, another_life,
+        tensors_in_flight, one_graph, differences, hidden_states_that_one_rank_differentiates, gathered_vocabularies,
+        another_life,
     )
 }  # fmt: skip
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from causal_models import VOCAB_SIZE, model_of
 from test_transformers import LargeTensors
-from torch import Tensor
+from torch import Tensor, nn
 from trl_runs import (
     CLOSE,
     ENDS,
@@ -148,14 +148,22 @@ def test_accumulation_is_one_large_batch(tmp_path: Path) -> None:
     assert parts.steps[0]["nll"] != pytest.approx(whole.steps[0]["nll"], rel=1e-3)
 
 
-def test_one_forward_and_no_logits(tmp_path: Path) -> None:
+def test_one_forward_and_no_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("llama")
     trainer = train(tmp_path, model=model, eta=ETA, gradient_accumulation_steps=2, max_steps=1).trainer
     # Of each call, whether it is differentiated.
     backbone: list[bool] = []
     head: list[bool] = []
     model.model.register_forward_pre_hook(lambda *_: backbone.append(torch.is_grad_enabled()))
-    model.lm_head.register_forward_pre_hook(lambda *_: head.append(torch.is_grad_enabled()))
+    own = nn.Linear.forward
+
+    # A hook on the head would be refused.
+    def forward(layer: nn.Linear, hidden: Tensor) -> Tensor:
+        if layer is model.lm_head:
+            head.append(torch.is_grad_enabled())
+        return own(layer, hidden)
+
+    monkeypatch.setattr(nn.Linear, "forward", forward)
     trainer.train()
     assert (backbone, head) == ([True] * 2, [])
     trainer.evaluate()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from causal_models import VOCAB_SIZE, config_of, model_of, transformers
+from torch.nn.utils import prune
 from trl_runs import (
     ETA,
     RELEASE,
@@ -109,8 +110,15 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     model = model_of("llama")
     model.lm_head = torch.nn.Sequential(model.lm_head)
     refused(ValueError, "^expected output embeddings that are a torch.nn.Linear", tmp_path, model=model)
-    sentence = "^expected output embeddings that are a torch.nn.Linear, got peft"
-    refused(ValueError, sentence, tmp_path, peft_config=lora(modules_to_save=["lm_head"]))
+    model = model_of("llama")
+    prune.l1_unstructured(model.lm_head, "weight", 0.5)
+    sentence = "^expected output embeddings without hooks, .* got L1Unstructured .*: MixCEForCausalLMLoss takes the"
+    refused(ValueError, sentence, tmp_path, model=model)
+    sentence = (
+        "^expected output embeddings that are a torch.nn.Linear, got peft.*: MixCEForCausalLMLoss takes the model's"
+    )
+    tokens = {"trainable_token_indices": {"embed_tokens": [1, 2]}}
+    refused(ValueError, sentence, tmp_path, model=model_of("qwen2"), peft_config=lora(**tokens))
     if RELEASE >= (1, 16):
         sentence = "^Applying a PEFT adapter to `lm_head` is not supported"
     refused(ValueError, sentence, tmp_path, peft_config=lora(target_modules=["q_proj", "lm_head"]))
@@ -119,6 +127,13 @@ def test_models_that_are_refused(tmp_path: Path) -> None:
     experts.output_router_logits = True
     model = transformers.MixtralForCausalLM(experts)
     refused(ValueError, "^expected a model without a router's loss", tmp_path, model=model)
+
+
+def test_a_head_that_is_pruned_while_it_trains(tmp_path: Path) -> None:
+    trainer = train(tmp_path, eta=ETA, max_steps=1, evaluate=False).trainer
+    prune.l1_unstructured(trainer.model.lm_head, "weight", 0.5)
+    with pytest.raises(ValueError, match=r"^expected output embeddings without hooks, .* got L1Unstructured"):
+        trainer.train()
 
 
 def test_batches_that_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from pathlib import Path
@@ -143,6 +144,43 @@ def test_a_peft_model_is_taken_as_it_is(tmp_path: Path) -> None:
     plain = train(tmp_path, model=model_of("llama"), eta=ETA, peft_config=lora(), learning_rate=10.0, evaluate=False)
     assert run.losses[0] == pytest.approx(plain.losses[0], **CLOSE)
     assert run.losses[-1] != pytest.approx(run.losses[0], rel=1e-3)
+
+
+@ENDS
+@pytest.mark.parametrize("passed", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_a_trained_copy_of_the_head(name: str, passed: bool, eta: float, loss_type: str, tmp_path: Path) -> None:
+    """The trainer makes it, or has it in the `PeftModel` that is passed; qwen2's head is tied, its copy is not."""
+    peft = pytest.importorskip("peft")
+    config = lora(modules_to_save=["lm_head", "embed_tokens"])
+    model, changes = model_of(name), {"peft_config": config}
+    if passed:
+        model, changes = peft.get_peft_model(model, config), {}
+    # Older releases do not seed before they make adapters.
+    torch.manual_seed(0)
+    own = train(tmp_path, model=copy.deepcopy(model), loss_type=loss_type, **copy.deepcopy(changes))
+    torch.manual_seed(0)
+    ours = train(tmp_path, model=model, eta=eta, **changes)
+    assert_same_training(ours, own)
+    head = ours.trainer.model.get_output_embeddings()
+    assert torch.equal(head.original_module.weight, model_of(name).lm_head.weight)
+    assert not torch.equal(head.modules_to_save["default"].weight, head.original_module.weight)
+
+
+def test_activation_offloading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL puts hooks on the head, which turn the offloading off there; the offloading itself needs a GPU."""
+
+    class Offloading(contextlib.nullcontext):
+        def __init__(self, **options: Any) -> None:
+            super().__init__()
+
+        def update_model_params(self, model: Any) -> None:
+            pass
+
+    monkeypatch.setattr("trl.models.activation_offloading.OffloadActivations", Offloading)
+    run = train(tmp_path, eta=ETA, evaluate=False, activation_offloading=True)
+    assert run.trainer.model.lm_head._forward_hooks
+    assert run.losses == train(tmp_path, eta=ETA, evaluate=False).losses
 
 
 @pytest.mark.skipif(

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from cases import BFLOAT16, Case
 from conftest import BACKENDS, EMULATED, INTERPRETED
-from inputs import build
+from inputs import build, computed
 from ranks import run_ranks
 from shards import SPLITS, column_range, everyone, padded
 from test_loss import check
@@ -49,10 +49,10 @@ def placed(number: int, group: dist.ProcessGroup, case: Case) -> tuple[torch.Ten
 def parallel_loss(number: int, group: dist.ProcessGroup, case: Case, backend: str) -> None:
     """A case on the ranks of a group; the last one holds what they found to the oracle."""
     shard, keywords = placed(number, group, case)
-    leaf = shard.requires_grad_()
+    logits = computed(shard)
     inputs = build(case)
-    loss = vocab_parallel_mixce_loss(leaf, inputs.targets, inputs.eta, backend=backend, **keywords, **inputs.keywords)
-    (grad,) = torch.autograd.grad(loss, leaf, inputs.upstream)
+    loss = vocab_parallel_mixce_loss(logits, inputs.targets, inputs.eta, backend=backend, **keywords, **inputs.keywords)
+    (grad,) = torch.autograd.grad(loss, logits, inputs.upstream)
     vocab_size = case.shape[-1]
     width = min(shard.shape[-1], max(vocab_size - keywords["vocab_start"], 0))
     assert (grad[..., width:] == 0).all(), "padding has a gradient"

@@ -78,8 +78,10 @@ def resolve(name: str | None, logits: Tensor) -> str:
     """
     name = name or os.environ.get("MIXCE_BACKEND") or None
     if name is None:
-        able = (own for own in _PREFERRED.get(logits.device.type, ()) if _TABLE[own].unavailable(logits) is None)
-        return next(able, "reference")
+        for own in _PREFERRED.get(logits.device.type, ()):
+            if _TABLE[own].unavailable(logits) is None:
+                return own
+        return "reference"
     if name not in NAMES:
         raise ValueError(f"expected backend to be one of {', '.join(NAMES)} or None, got {name!r}")
     reason = None if name == "reference" else _TABLE[name].unavailable(logits)

@@ -27,6 +27,7 @@ from mixce_kernels.options import (
     REDUCTIONS,
     TokenOptions,
     check_values,
+    concrete,
     raise_bad_target,
 )
 from mixce_kernels.token_terms import TokenTerms, token_terms
@@ -46,6 +47,7 @@ class Shard(NamedTuple):
     check_group: bool = True
     reduction: str = "none"
     token_weights: bool = False
+    hidden_grad: bool = False
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -60,10 +62,10 @@ class Shard(NamedTuple):
 
     def address(self, backend: str) -> str:
         """The name by which operators know a backend that works on this shard."""
-        # Where a compiler traces an int as a symbol, the stop of a range is the number.
-        start, vocab_size = (range(number).stop for number in (self.vocab_start, self._vocab_size))
+        start, vocab_size = concrete(self.vocab_start), concrete(self._vocab_size)
         check, reduction, weights = int(self.check_group), REDUCTIONS.index(self.reduction), int(self.token_weights)
-        return f"{backend}@{start},{vocab_size},{check},{reduction},{weights},{self.group_name}"
+        numbers = f"{start},{vocab_size},{check},{reduction},{weights},{int(self.hidden_grad)}"
+        return f"{backend}@{numbers},{self.group_name}"
 
     @property
     def _vocab_size(self) -> int:
@@ -75,10 +77,10 @@ class Shard(NamedTuple):
         backend, _, fields = address.partition("@")
         if not fields:
             return backend, None
-        *numbers, group_name = fields.split(",", 5)
-        start, vocab_size, check, reduction, weights = map(int, numbers)
+        *numbers, group_name = fields.split(",", 6)
+        start, vocab_size, check, reduction, *flags = map(int, numbers)
         known_size = None if vocab_size < 0 else vocab_size
-        return backend, cls(group_name, start, known_size, bool(check), REDUCTIONS[reduction], bool(weights))
+        return backend, cls(group_name, start, known_size, bool(check), REDUCTIONS[reduction], *map(bool, flags))
 
     def signature(
         self,
@@ -98,6 +100,7 @@ class Shard(NamedTuple):
         return Signature(
             self.columns(width),
             width,
+            math.nan,
             tokens,
             self._vocab_size,
             LOGITS_DTYPES.index(dtype),
@@ -111,37 +114,40 @@ class Shard(NamedTuple):
             REDUCTIONS.index(self.reduction),
             self.token_weights,
             hidden_size,
+            self.hidden_grad,
             max_chunk_bytes or 0,
             reference,
             validate,
         )
 
-    def whole(self, signature: Signature, device: torch.device) -> tuple[int, int]:
+    def whole(self, signature: Signature, weight: Tensor) -> tuple[int, int]:
         """The size of the vocabulary, and of the widest shard: nominally, if the size is known without asking.
 
         Raises:
             ValueError: on every rank, where the ranks' calls do not fit together.
         """
         if self.vocab_size is None:
-            layout = agreement.layout(signature, self.group, device, check=self.check_group)
+            layout = agreement.layout(signature, self.group, weight, check=self.check_group)
             return layout.vocab_size, max(layout.most_columns, 1)
         if self.check_group:
-            agreement.meet(signature, self.group, device)
+            agreement.meet(signature, self.group, weight)
         return self.vocab_size, -(-self.vocab_size // self.group.size())
 
     def check_call(
-        self, signature: Signature, targets: Tensor, eta: float | Tensor, ignore_index: int, device: torch.device
+        self, signature: Signature, targets: Tensor, eta: float | Tensor, ignore_index: int, values: Tensor
     ) -> None:
         """What no kernel checks: whether the ranks' calls fit together, and with `validate` targets and eta.
+
+        `values` are the rank's logits, or its rows of the weight.
 
         Raises:
             ValueError, IndexError: on every rank, see `agreement.layout` and `options.check_values`.
         """
         if signature.validate:
-            layout = agreement.layout(signature, self.group, device, check=self.check_group)
+            layout = agreement.layout(signature, self.group, values, check=self.check_group)
             check_values(targets, eta, ignore_index, layout.vocab_size)
         elif self.check_group:
-            agreement.meet(signature, self.group, device)
+            agreement.meet(signature, self.group, values)
 
 
 class ShardBackend:
@@ -178,7 +184,7 @@ class ShardBackend:
         mixing = eta_value if eta is None else eta
         signature = shard.signature(logits.shape[-1], targets.numel(), logits.dtype, mixing, options, with_stats)
         if shard.check_group:
-            agreement.meet(signature, group, logits.device)
+            agreement.meet(signature, group, logits)
         # Each rank's message: the header, and its numbers of each token one after another.
         shape = (numbers_per_token(options, with_stats), *targets.shape)
         message = state.new_empty(_HEADER + math.prod(shape))
@@ -262,7 +268,7 @@ def _check_headers(headers: Tensor, signature: Signature, group: dist.ProcessGro
     digests, starts, numbers = headers.t().tolist()
     if len(set(digests)) > 1:
         # All ranks know it, and meet once more to tell what differs.
-        agreement.layout(signature, group, headers.device, check=True)
+        agreement.layout(signature, group, headers, check=True)
     agreement.check_partition(list(map(Columns, starts, numbers)), signature.known_vocab_size)
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixce_kernels.integrations.output_embeddings import output_embeddings, weight_and_bias
 from mixce_kernels.options import TARGET_DTYPES
 
 if TYPE_CHECKING:
@@ -104,14 +105,12 @@ class CausalLMHead(NamedTuple):
         the factors and caps in its configuration those are taken which give the same logits.
 
         Raises:
-            ValueError: the model has no output embeddings, these are no plain linear layer, its logits are not such a
-                function of its last hidden states, or its own loss has terms besides that of the logits.
+            ValueError: `output_embeddings` or `weight_and_bias` refuses the output embeddings, the model's logits are
+                not such a function of its last hidden states, or its own loss has terms besides that of the logits.
         """
-        head = output_embeddings(model)
+        layer = output_embeddings(model)
         if getattr(model.config, "is_encoder_decoder", False):
             raise ValueError(f"expected a decoder alone, got {type(model).__name__} with an encoder")
-        if head.weight.is_meta:
-            raise ValueError(f"expected a model with weights, got {type(model).__name__} on the meta device")
         # Bamba's: a mean over all positions, labelled or not.
         if getattr(model.config, "z_loss_coefficient", 0):
             raise ValueError(
@@ -122,16 +121,17 @@ class CausalLMHead(NamedTuple):
             "expected logits that are the product of output embeddings and last hidden states, scaled and capped by "
             f"numbers in the configuration, got others from {type(model).__name__}: MixCEForCausalLMLoss takes these"
         )
-        with torch.no_grad():
+        with torch.no_grad(), _evaluating(layer):
+            weight, bias = weight_and_bias(layer)
             try:
-                trial = _Trial.of(model, head)
+                trial = _Trial.of(model, layer, weight, bias)
             except Exception as error:  # of any kind: a model that cannot be tried, as one that wants an image
                 raise refused from error
             if trial is None:
                 raise refused
             # Some roundings of the model's own, in its dtype or the one that it turns logits into.
             tolerance = 8 * max(torch.finfo(trial.hidden.dtype).eps, torch.finfo(trial.logits.dtype).eps)
-            raw = head(trial.hidden).double()
+            raw = F.linear(trial.hidden, weight, bias).double()
             for logit_scale, softcap in _candidates(model):
                 found = cls(trial.backbone, logit_scale, softcap)
                 expected = found.apply(raw)
@@ -148,18 +148,6 @@ class CausalLMHead(NamedTuple):
         return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
 
 
-def output_embeddings(model: PreTrainedModel) -> nn.Linear:
-    """The layer that makes logits of hidden states; raises ValueError unless it is a linear layer and nothing more."""
-    head = model.get_output_embeddings()
-    if head is None:
-        raise ValueError(f"expected a model with output embeddings, got {type(model).__name__}, which has none")
-    # A subclass may hold the weight in another form, or an adapter beside it.
-    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
-        kind = f"{type(head).__module__}.{type(head).__qualname__}"
-        raise ValueError(f"expected output embeddings that are a torch.nn.Linear, got {kind}")
-    return head
-
-
 class _Trial(NamedTuple):
     """What a model made of the hidden states that its backbone seemed to return."""
 
@@ -169,8 +157,14 @@ class _Trial(NamedTuple):
     logits: Tensor  # [1, 2, V]
 
     @classmethod
-    def of(cls, model: PreTrainedModel, head: nn.Linear) -> _Trial | None:
-        """Runs the model with its backbone's output in place; None where its head does not get just that.
+    def of(
+        cls,
+        model: PreTrainedModel,
+        layer: nn.Linear,
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+    ) -> _Trial | None:
+        """Runs the model with its backbone's output in place; None where its head, `layer`, does not get just that.
 
         Most models call their base model, some a decoder inside of it: each seems to return other hidden states.
         """
@@ -179,22 +173,24 @@ class _Trial(NamedTuple):
         returned: dict[str, Tensor] = {}
         for name, module in model.named_modules():
             if name and any(module is one for one in backbones):
-                states = torch.randn(1, 2, head.in_features, generator=generator).to(head.weight)
-                returned[name] = states * LARGEST_LOGIT / head(states).abs().amax().clamp(min=SMALLEST)
+                # Of the weight's width: of a tied copy PEFT 0.21 has in_features and out_features the wrong way round.
+                states = torch.randn(1, 2, weight.shape[1], generator=generator).to(weight)
+                raw = F.linear(states, weight, bias)
+                returned[name] = states * LARGEST_LOGIT / raw.abs().amax().clamp(min=SMALLEST)
         seen: list[Tensor] = []
         with ExitStack() as stack:
             for name, states in returned.items():
                 stack.enter_context(_returning(model.get_submodule(name), _Hidden(states)))
-            watch = head.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
+            watch = layer.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
             stack.callback(watch.remove)
             if not returned:
                 return None
-            tokens = torch.zeros(1, 2, dtype=torch.int64, device=head.weight.device)
+            tokens = torch.zeros(1, 2, dtype=torch.int64, device=weight.device)
             logits = model(input_ids=tokens, return_dict=True, **without_cache(model)).logits
         for name, states in returned.items():
             if len(seen) == 1 and seen[0].shape == states.shape:
                 factor = _factor(states.double(), seen[0].double(), torch.finfo(states.dtype).eps)
-                if factor is not None and (factor == 1.0 or head.bias is None):
+                if factor is not None and (factor == 1.0 or bias is None):
                     return cls(name, seen[0], factor, logits)
         return None
 
@@ -258,6 +254,18 @@ class _Hidden:
 
     def __getitem__(self, index: int | slice) -> Any:
         return (self.last_hidden_state,)[index]
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Within this context the module's parametrizations do not change or draw anything when a weight is read."""
+    modes = [(one, one.training) for one in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for one, mode in modes:
+            one.training = mode
 
 
 @contextmanager

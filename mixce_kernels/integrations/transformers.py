@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from mixce_kernels.functional import fused_mixce_loss
-from mixce_kernels.integrations.causal_lm import CausalLMHead, next_token_targets, output_embeddings, without_cache
+from mixce_kernels.integrations.causal_lm import CausalLMHead, next_token_targets, without_cache
 from mixce_kernels.integrations.metrics import TokenMetrics
+from mixce_kernels.integrations.output_embeddings import is_own_forward, output_embeddings, weight_and_bias
 from mixce_kernels.integrations.versions import require
 from mixce_kernels.linear import fused_linear_mixce_loss
 from mixce_kernels.modules import LinearMixCELoss, MixCELoss
@@ -190,12 +191,12 @@ class LinearMixCEForCausalLMLoss(_CausalLMLoss):
         shift_labels: Tensor | None = None,  # [..., T]
     ) -> Tensor:
         """The loss of a batch by the model's output embeddings; arguments, result and errors as in the other loss."""
-        layer = output_embeddings(model)
+        weight, bias = weight_and_bias(output_embeddings(model))
         # The backbone may end on another device.
-        hidden = hidden.to(layer.weight.device)
+        hidden = hidden.to(weight.device)
         arguments = self._arguments(hidden, num_items_in_batch, ignore_index)
         targets = next_token_targets(hidden, labels, shift_labels, arguments["ignore_index"], "hidden states")
-        result = fused_linear_mixce_loss(hidden, layer.weight, targets, bias=layer.bias, **arguments)
+        result = fused_linear_mixce_loss(hidden, weight, targets, bias=bias, **arguments)
         return self._measured(result, targets, arguments["ignore_index"])
 
 
@@ -219,16 +220,21 @@ def with_linear_mixce_loss(
     it is `model`. It is a model of `model`'s class, for `Trainer`, `save_pretrained`, `torch.compile`, DDP, FSDP2 or
     PEFT. Its attribute `mixce_loss` holds `eta`, to be scheduled, and `metrics`; a `loss_function` is not used.
 
-    `model` and its class keep their loss. Weights, submodules and hooks are those of both; the output embeddings are
-    not called, so hooks of theirs do not run. Losses that a model adds by itself, as of a router, are refused.
+    `model` and its class keep their loss. Weights, submodules and hooks are those of both. Losses that a model adds by
+    itself, as of a router, are refused.
+
+    The output embeddings are not called. Each call of the model reads their weight and bias, which a parametrization
+    (`torch.nn.utils.parametrize`) may compute; of a layer that PEFT trains copies of (`modules_to_save`) these are the
+    active copy's. Hooks on the output embeddings, and so pruning and `torch.nn.utils.weight_norm`, adapters on them and
+    quantized weights are refused, also at a call if they came after the model was made.
 
     A factor or a cap of the model's logits (Gemma's, Cohere's, Granite's, ...) is taken over: the model is made to
     compute the logits of made-up hidden states once, and the numbers in its configuration that explain these are used.
     Source: Zhang et al., "MixCE", ACL 2023 (arXiv 2305.16958).
 
     Args:
-        model: a causal language model of Transformers whose output embeddings are a `torch.nn.Linear`, tied or not, not
-            yet wrapped by PEFT or DDP.
+        model: a causal language model of Transformers whose output embeddings are a `torch.nn.Linear`, tied or not. It
+            is not yet wrapped by DDP or PEFT; of a `PeftModel` it is the inner model.
         eta: mixing ratio in [0, 1]: a number, or a floating tensor that broadcasts to the labels' shape.
         ignore_index, label_smoothing, z_loss, max_chunk_bytes, path, validate, backend: as in
             `fused_linear_mixce_loss`.
@@ -240,15 +246,16 @@ def with_linear_mixce_loss(
 
     Raises:
         TypeError: `model` is no `transformers.PreTrainedModel`, or an option is not a number.
-        ValueError: the model has no output embeddings, or its logits are not a scaled and capped product of these and
-            its last hidden states; its `forward` was replaced; or an option is outside its range. Of a call: labels do
-            not fit; logits or a router's loss were asked for together with labels.
+        ValueError: the model has no output embeddings, they are refused as said above, or its logits are not a scaled
+            and capped product of these and its last hidden states; its `forward` was replaced; or an option is outside
+            its range. Of a call: labels do not fit; the output embeddings are refused; logits or a router's loss were
+            asked for together with labels.
     """
     if not isinstance(model, transformers.PreTrainedModel):
         raise TypeError(f"expected model to be a transformers.PreTrainedModel, got {type(model).__name__}")
     # accelerate's, where a device_map spreads the model over devices: it brings inputs to these.
     hook = vars(model).get("_hf_hook")
-    if "forward" in vars(model) and hook is None and not _is_own(vars(model)["forward"], type(model).forward):
+    if "forward" in vars(model) and hook is None and not is_own_forward(vars(model)["forward"], type(model).forward):
         raise ValueError(
             f"expected a model with the forward of its class, got {type(model).__name__} with another "
             "(accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes off that of mixed precision)"
@@ -272,16 +279,6 @@ def with_linear_mixce_loss(
     if hook is not None:
         importlib.import_module("accelerate.hooks").add_hook_to_module(linear, hook)
     return linear
-
-
-def _is_own(forward: Any, of_class: Any) -> bool:
-    """Whether this is the class's method, or what its decorators wrap: accelerate leaves that in a model."""
-    function = getattr(forward, "__func__", None)
-    while of_class is not None:
-        if function is of_class:
-            return True
-        of_class = getattr(of_class, "__wrapped__", None)
-    return False
 
 
 def logits_of(outputs: Any) -> Tensor:

@@ -167,8 +167,8 @@ class MixCESFTTrainer(SFTTrainer, _LinearLossTrainer):  # type: ignore[misc]  # 
 
         Raises:
             TypeError: `args` is no `MixCESFTConfig`.
-            ValueError: another loss was passed; the model's logits are not those of a plain linear layer, or PEFT has
-                an adapter in its place; the model has a router's loss; or the parallelism is one of those that the loss
+            ValueError: another loss was passed; the model's logits are not those of a plain linear layer, or of a copy
+                of it that PEFT trains; the model has a router's loss; or the parallelism is one of those that the loss
                 cannot serve (ZeRO stage 3, `nn.DataParallel`, sequence parallelism).
         """
         args = MixCESFTConfig() if args is None else args
