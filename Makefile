@@ -1,5 +1,4 @@
-# `make benchmark`, the other benchmarks, `make test`, `make docs` and `make lint` do all their set-up, in the virtual
-# environment .venv.
+# `make benchmark` and `make test` do all their set-up, in the virtual environment .venv; so does every command below.
 # They take the newest torch; for another: make test TORCH=torch==2.13.0 TRITON=triton==3.7.1 (first `make clean`).
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,40 +7,64 @@ TORCH ?= torch
 TRITON ?= $(if $(filter Linux,$(shell uname)),triton)
 WORKERS ?= 2
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Passive waiting, because the workers share the cores: threads that spin would take them from one another. A file stays
+# with its worker, which builds or starts once what its tests share; those with long tests come first.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+EXTRAS := benchmark docs examples transformers trl test-all
 
-.PHONY: benchmark benchmark-linear benchmark-parallel paper-synthetic compare-eta test docs lint clean
+.PHONY: benchmark benchmark-linear benchmark-parallel paper-synthetic compare-eta \
+	test test-rest test-all test-gpu docs lint format clean
 
 # For example: make benchmark ARGS=--full
-benchmark: $(VENV)/installed
+benchmark: $(VENV)/extra-benchmark
 	$(BIN)/python benchmarks/bench_vocab.py $(ARGS)
 
-benchmark-linear: $(VENV)/installed
+benchmark-linear: $(VENV)/extra-benchmark
 	$(BIN)/python benchmarks/bench_linear.py $(ARGS)
 
-benchmark-parallel: $(VENV)/installed
+benchmark-parallel: $(VENV)/extra-benchmark
 	$(BIN)/python benchmarks/bench_parallel.py $(ARGS)
 
 # For example: make paper-synthetic ARGS=--full
-paper-synthetic: $(VENV)/installed
+paper-synthetic: $(VENV)/extra-benchmark
 	$(BIN)/python benchmarks/paper_synthetic.py $(ARGS)
 
-compare-eta: $(VENV)/installed
+compare-eta: $(VENV)/extra-benchmark $(VENV)/extra-examples
 	$(BIN)/python examples/train_gpt.py --compare 1 0.9 0.5 0.1 0 --seeds 0 1 --threads 1 --steps 1100 \
 		--vocab-size 2048 --held-out-tokens 32768 --samples 128 --out benchmarks/results $(ARGS)
 
-docs: $(VENV)/installed
+docs: $(VENV)/extra-docs
 	$(BIN)/mkdocs build --strict
 
-# Passive waiting, because the workers share the cores: threads that spin would take them from one another. A file stays
-# with its worker, which builds or starts once what its tests share; those with long tests come first.
-test: $(VENV)/installed $(VENV)/oldest $(VENV)/peers
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+# The core: every backend that runs here, in minutes.
+test: $(VENV)/core
+	$(PYTEST) -m "not slow" $(ARGS)
 
-lint: $(VENV)/linters
+# Whatever is not in the core: GPU kernels executed in other ways and compiled ahead of time, ranks, benchmarks,
+# documents, trainers, packages, and other releases of what all these use.
+test-rest: $(EXTRAS:%=$(VENV)/extra-%) $(VENV)/oldest $(VENV)/tritons $(VENV)/peers
+	$(PYTEST) -m slow $(ARGS)
+
+test-all: test test-rest
+
+# For a machine with a GPU and without a network: uses and changes the environment of PYTHON, which has torch, Triton,
+# pytest, NumPy, ninja, pybind11 and setuptools already.
+test-gpu:
+	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps .
+	cd tests && $(PYTHON) -m pytest -q -m gpu -p no:cacheprovider $(ARGS)
+	$(PYTHON) benchmarks/bench_vocab.py
+
+lint: $(VENV)/extra-lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 	$(BIN)/mypy
+
+format: $(VENV)/extra-lint
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $$(find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info mixce_kernels/_C.*.so
@@ -50,12 +73,20 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # The extension of an earlier build is removed, so that one that fails to compile is not mistaken for it.
-$(VENV)/installed: setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
+$(VENV)/core: setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
 	rm -f mixce_kernels/_C.*.so
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		--editable '.[benchmark,docs,examples,test,transformers,trl]' $(TORCH) $(TRITON)
+	$(PIP) --editable '.[test]' $(TORCH) $(TRITON)
 	@$(BIN)/python -c 'from mixce_kernels import _C' || \
 		echo "No native extension: $(BIN)/pip install -v -e . says why. Continuing without the backends 'cpu' and 'cuda'."
+	@touch $@
+
+# An extra's requirements by themselves: installing the package once more would compile it once more.
+REQUIREMENTS = import importlib.metadata, sys; \
+	print(*(line.partition(";")[0] for line in importlib.metadata.requires("mixce_kernels") \
+	if line.endswith("extra == \"" + sys.argv[1] + "\"")), sep="\n")
+$(VENV)/extra-%: pyproject.toml | $(VENV)/core
+	$(BIN)/python -c '$(REQUIREMENTS)' $* > $@.txt
+	$(PIP) --requirement $@.txt
 	@touch $@
 
 # The oldest releases that the integrations take, with what they need instead of the newest's: tests/test_oldest_releases.py
@@ -63,23 +94,24 @@ $(VENV)/installed: setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/p
 OLDEST_TRANSFORMERS := transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.2 datasets==3.6.0
 OLDEST_TRL := trl==1.0.0 transformers==4.56.2 tokenizers==0.22.2 huggingface_hub==0.36.2 accelerate==1.4.0 \
 	peft==0.17.1 datasets==4.7.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0
-$(VENV)/oldest: Makefile | $(VENV)/installed
+$(VENV)/oldest: Makefile | $(VENV)/core
 	rm -rf $@
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@/transformers \
-		$(OLDEST_TRANSFORMERS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@/trl $(OLDEST_TRL)
+	$(PIP) --no-deps --target $@/transformers $(OLDEST_TRANSFORMERS)
+	$(PIP) --no-deps --target $@/trl $(OLDEST_TRL)
+	@touch $@
+
+# Other releases of Triton, the oldest and the newest supported: tests/triton_releases.py puts a folder of one first.
+TRITON_OLDEST := 3.6.0
+TRITON_NEWEST := 3.9.0
+$(VENV)/tritons: Makefile | $(VENV)/core
+	rm -rf $@
+	$(PIP) --no-deps --target $@/oldest triton==$(TRITON_OLDEST)
+	$(PIP) --no-deps --target $@/newest triton==$(TRITON_NEWEST)
 	@touch $@
 
 # Other packages whose losses docs/migration.md and docs/integrations.md compare with; without what they require, which
 # would bring another torch or Triton.
 PEERS := liger-kernel cut-cross-entropy torchtitan==0.3.0 spmd_types==0.2.3 tyro docstring-parser typeguard
-$(VENV)/peers: Makefile | $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PEERS)
-	@touch $@
-
-# The extra by itself: installing the package once more would compile it once more.
-LINTERS = from importlib.metadata import requires; \
-	print(*(line.partition(";")[0] for line in requires("mixce_kernels") if "lint" in line.partition(";")[2]))
-$(VENV)/linters: pyproject.toml | $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c '$(LINTERS)')
+$(VENV)/peers: Makefile | $(VENV)/core
+	$(PIP) --no-deps $(PEERS)
 	@touch $@

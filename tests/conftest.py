@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from progress import Progress
 from watched import Watched
 
 from mixce_kernels import backends
@@ -51,8 +53,24 @@ if EMULATED == "cuda":
     )
 
 
+# Tests of what is built on the losses: benchmarks, documents, examples, packages, trainers.
+BEYOND_THE_CORE = re.compile(
+    r"test_(bench|compare_eta|count_kernels|data_parallel|docs|linear_model|migration|packaging|paper|parallel_model|site"
+    r"|token_metrics|train|transformers|trl)"
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One line of progress where pytest is quiet, as in `make test`."""
+    if config.getoption("verbose") < 0 and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Progress(config), "one-line-progress")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Long tests first, so that no worker is left alone with one at the end."""
+    """Marks what is beyond the core. Long tests first, so that no worker is left alone with one at the end."""
+    for item in items:
+        if BEYOND_THE_CORE.match(item.path.name):
+            item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

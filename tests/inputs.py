@@ -6,11 +6,10 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from cases import BFLOAT16, FLOAT64, MODES, Case
 from numerics import accumulate_dtype, to_numpy
-from oracle import TokenResults, token_results
+from oracle import TokenResults, np, token_results
 from torch import Tensor
 
 

@@ -9,12 +9,11 @@ import zlib
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from cases import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, Case
 from inputs import Inputs, build
 from numerics import accumulate_dtype, assert_accurate, plain_losses, to_numpy
-from oracle import Options, TokenResults, token_results
+from oracle import Options, TokenResults, np, token_results
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
-from oracle import Options
+from oracle import Options, np
 from torch import Tensor
 
 # The rule speaks of float32. Kernel and plain formula both round float64 where the oracle does not, either may be

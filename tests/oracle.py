@@ -5,9 +5,21 @@ Written from the formulas of the paper with the gradient derived by hand; shares
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+import pytest
+
+
+class _NumPy:
+    """NumPy, whose longest floating type is longer than float64; a test that needs it where it is missing skips."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # pytest looks for fixtures in what a module imports
+            raise AttributeError(name)
+        return getattr(pytest.importorskip("numpy", reason="the oracle computes in NumPy"), name)
+
+
+np: Any = _NumPy()
 
 
 class Options(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -10,7 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import cases
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -72,7 +72,7 @@ def _short(placements: Any) -> str:
 def _turns(table: Sequence[Any], layouts: Sequence[Any]) -> dict[str, Turn]:
     """By name: the cases on all layouts, over and over; layouts and backends take turns."""
     if EMULATED:
-        table = [case for case in table if np.prod(getattr(case, "plain", case).shape) <= 10_000]
+        table = [case for case in table if math.prod(getattr(case, "plain", case).shape) <= 10_000]
         table = table[:: 16 if INTERPRETED else 4]
     turns = {}
     for number, case in enumerate(table):

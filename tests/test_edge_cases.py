@@ -143,7 +143,7 @@ def test_masked_logits_get_no_gradient(backend: str, device: str, dtype: torch.d
 # The first vector, the first block, a later block, the last vector, and the tail beyond it.
 @pytest.mark.parametrize("column", [0, 5, 1000, 2047, 2048, 4100, 4111, 4112, 4114])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize(("dtype", "mode"), zip(DTYPES, ("plain", "inplace_grad_in_forward") * 2, strict=True))
+@pytest.mark.parametrize(("dtype", "mode"), list(zip(DTYPES, ("plain", "inplace_grad_in_forward") * 2, strict=True)))
 def test_nan_and_inf_fill_their_row(
     backend: str, device: str, column: int, value: float, dtype: torch.dtype, mode: str
 ) -> None:

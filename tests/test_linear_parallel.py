@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from cases import BFLOAT16
 from conftest import EMULATED, INTERPRETED
 from linear_cases import LINEAR, LinearCase, LinearInputs, build_linear, check_linear
 from numerics import to_numpy
+from oracle import np
 from ranks import run_ranks, what_goes_wrong
 from shards import PADDING, SPLITS, column_range, everyone
 from torch import Tensor
@@ -45,7 +46,7 @@ class Turn(NamedTuple):
 
 def _table() -> dict[str, Turn]:
     """By name; groups, splits and padding take turns."""
-    small = [case for case in LINEAR if np.prod(case.plain.shape) <= 10_000]
+    small = [case for case in LINEAR if math.prod(case.plain.shape) <= 10_000]
     if EMULATED:
         # Emulated kernels are slow, and have been tried on the whole table by themselves.
         chosen = small[:: 24 if INTERPRETED else 6]

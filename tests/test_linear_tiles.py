@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import os
 import re
 import subprocess
@@ -11,7 +12,6 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
 from cases import BFLOAT16, FLOAT16, FLOAT32
@@ -67,7 +67,7 @@ def test_tiles(case: LinearCase) -> None:
     check_case(case)
 
 
-SHARED = [case for case in LINEAR if np.prod(case.plain.shape) * case.hidden_size <= 2_000_000][::3]
+SHARED = [case for case in LINEAR if math.prod(case.plain.shape) * case.hidden_size <= 2_000_000][::3]
 
 
 @interpreted

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import cases
-import numpy as np
 import pytest
 import torch
 from cases import Case
 from inputs import build
 from numerics import assert_accurate, plain_loss_and_grad, ulp
-from oracle import Options, token_results
+from oracle import Options, np, token_results
 from test_loss import check, run
 from torch import Tensor
 

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from oracle import np
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+for extra in ("numpy", "matplotlib", "tqdm"):
+    pytest.importorskip(extra, reason="needs the extra 'benchmark'")
 import synthetic_train  # noqa: E402
 from paper_synthetic import Results, arguments, main, settings  # noqa: E402
 from report import MACHINE, read_csv, write_csv  # noqa: E402

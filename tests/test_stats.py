@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import cases
-import numpy as np
 import pytest
 import torch
 from cases import DTYPES, MODES, Case
 from conftest import INTERPRETED
 from inputs import build
 from numerics import accumulate_dtype, to_numpy
-from oracle import Options
+from oracle import Options, np
 
 from mixce_kernels import MixCEStats, fused_mixce_loss
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cases
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -25,8 +25,8 @@ pytestmark = pytest.mark.slow
 def _thinned(table: list[Case]) -> list[Case]:
     """Emulated kernels are slow, and have been tried on the whole table by themselves."""
     if INTERPRETED:
-        return [case for case in table if np.prod(case.shape) <= 10_000][::12]
-    return [case for case in table if np.prod(case.shape) <= 60_000][::8] if EMULATED else table
+        return [case for case in table if math.prod(case.shape) <= 10_000][::12]
+    return [case for case in table if math.prod(case.shape) <= 60_000][::8] if EMULATED else table
 
 
 CASES = _thinned(cases.ALL)

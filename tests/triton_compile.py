@@ -1,6 +1,7 @@
 """Compiles the Triton kernels ahead of time, for GPUs that need not be there, and says what ptxas made of them.
 
 Run as a program it compiles the named set and writes one JSON object a kernel: `python triton_compile.py some|all`.
+A folder with another Triton, first on PYTHONPATH, has that one compile.
 """
 
 from __future__ import annotations
@@ -8,24 +9,31 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
 from mixce_kernels.triton_kernels import forward, gradient
-from mixce_kernels.triton_kernels.launch import row_config, tile_config
+from mixce_kernels.triton_kernels.launch import RowConfig, row_config, tile_config
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
-FLAGS = ("CAP", "SMOOTH", "STATS", "HAS_ETA", "HAS_GRAD")
+OPTIONS = ("CAP", "SMOOTH", "STATS", "HAS_ETA", "HAS_GRAD")
+# For sm_90 and halves: 7 and 24 steps in a program, 24 in a cluster of 2, 15 in one of 8, of twice the threads as well,
+# and two reads.
+HELD_SIZES = (8000, 25000, 50257, 128256, 262144, 1_000_000)
+Choice = TypeVar("Choice")
 
 
 class Variant(NamedTuple):
@@ -33,63 +41,116 @@ class Variant(NamedTuple):
 
     kernel: str
     dtype: str
+    options: tuple[str, ...] = ()
     vocab_size: int = 50257
-    flags: tuple[bool, ...] = (False,) * len(FLAGS)
     same_window: bool = True
 
 
+def spread(name: str, heavy: list[Choice], light: list[Choice]) -> Iterator[tuple[str, str, Choice]]:
+    """Targets, types and choices of the set `name`: `some` is the part of `all` with sm_90 or with bfloat16.
+
+    Heavy choices, which are the first to spill, are compiled for every type and target. A light one meets each type and
+    each target, but not each pair of them. Outside sm_90 float64, which is for checks, has all choices as light ones.
+    """
+    for (i, dtype), (j, target) in itertools.product(enumerate(ITEMSIZES), enumerate(TARGETS)):
+        if name == "some" and target != "sm_90" and dtype != "bf16":
+            continue
+        n_always = len(heavy) if dtype != "fp64" or target == "sm_90" else 0
+        for index, choice in enumerate(heavy + light):
+            if index < n_always or (index + i + j) % len(ITEMSIZES) == 0:
+                yield target, dtype, choice
+
+
 def variants(name: str) -> list[tuple[str, Variant]]:
-    """Targets and variants: `some` for every run; `all` is every type for every target with each option alone."""
-    none, every = (False,) * len(FLAGS), (True,) * len(FLAGS)
-    alone = [tuple(flag == only for flag in FLAGS) for only in FLAGS]
-    if name == "all":
-        choices = [none, every, *alone]
-        dtypes_and_targets = list(itertools.product(ITEMSIZES, TARGETS))
-    else:
-        choices = [none, every, alone[-1]]
-        dtypes_and_targets = [(dtype, "sm_90") for dtype in ITEMSIZES]
-        dtypes_and_targets += [("bf16", target) for target in TARGETS if target != "sm_90"]
+    """Targets and variants of the set."""
+    # A vocabulary size of 0 stands for the rows of which a cluster's threads hold the most.
+    heavy: list[dict[str, Any]] = [
+        {"kernel": "forward", "options": OPTIONS},
+        {"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": 0},
+        {"kernel": "logits_grad", "options": ("CAP",)},
+    ]
+    light: list[dict[str, Any]] = [
+        {"kernel": "forward"},
+        *({"kernel": "forward", "options": (option,)} for option in OPTIONS if option != "HAS_GRAD"),
+        # Rows that one program holds, as many vectors as it may, or a cluster of any size, or none.
+        *({"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": size} for size in HELD_SIZES),
+        {"kernel": "forward", "options": OPTIONS, "vocab_size": 8000},
+        {"kernel": "logits_grad"},
+        {"kernel": "logits_grad", "same_window": False},
+        {"kernel": "scale_rows"},
+    ]
     result = []
-    for dtype, target in dtypes_and_targets:
-        for flags in choices:
-            # With a gradient: rows that one program holds, that a cluster holds (or two reads serve), and two reads.
-            sizes = (8000, 50257, 128256, 1_000_000) if name == "all" or target == "sm_90" else (50257,)
-            for vocab_size in sizes if flags[-1] else (50257,):
-                result.append((target, Variant("forward", dtype, vocab_size, flags)))
-        for cap in (False, True):
-            result.append((target, Variant("logits_grad", dtype, flags=(cap, *none[1:]))))
-        result.append((target, Variant("logits_grad", dtype, same_window=False)))
-        result.append((target, Variant("scale_rows", dtype)))
+    for target, dtype, choice in spread(name, heavy, light):
+        variant = Variant(dtype=dtype, **choice)
+        if variant.vocab_size == 0:
+            variant = variant._replace(vocab_size=most_held(target, variant))
+        result.append((target, variant))
     return result
 
 
-def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
-    """The kernel as a launch would compile it, no address, size or stride known to be a multiple of anything."""
+def most_held(target: str, variant: Variant) -> int:
+    """The vocabulary size whose rows take the most registers of a thread in the largest cluster that there may be."""
+
+    def held(vocab_size: int) -> tuple[int, int]:
+        row = row_of(target, variant._replace(vocab_size=vocab_size))
+        return (row.n_ctas, row.n_steps) if row.held else (0, 0)
+
+    return max(range(1024, 2**18, 512), key=held)
+
+
+def row_of(target_name: str, variant: Variant) -> RowConfig:
+    """The launch of a forward kernel."""
     target = TARGETS[target_name]
-    function = getattr(forward if variant.kernel == "forward" else gradient, f"{variant.kernel}_kernel")
-    itemsize = ITEMSIZES[variant.dtype]
-    real = "fp64" if variant.dtype == "fp64" else "fp32"
-    constants: dict[str, Any] = dict(zip(FLAGS, variant.flags, strict=True)) | {"SAME_WINDOW": variant.same_window}
+    with_grad = "HAS_GRAD" in variant.options
+    return row_config(
+        variant.vocab_size,
+        ITEMSIZES[variant.dtype],
+        with_grad,
+        "STATS" in variant.options,
+        "CAP" in variant.options or "SMOOTH" in variant.options,
+        target.warp_size,
+        target.arch if target.backend == "cuda" and with_grad else 0,
+    )
+
+
+def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
+    """The kernel as a launch would compile it."""
+    target = TARGETS[target_name]
+    constants: dict[str, Any] = {option: option in variant.options for option in OPTIONS}
+    constants |= {"SAME_WINDOW": variant.same_window}
     if variant.kernel == "forward":
-        arch = target.arch if target.backend == "cuda" and constants["HAS_GRAD"] else 0
-        with_grad, with_stats = constants["HAS_GRAD"], constants["STATS"]
-        with_options = constants["CAP"] or constants["SMOOTH"]
-        row = row_config(variant.vocab_size, itemsize, with_grad, with_stats, with_options, target.warp_size, arch)
+        row = row_of(target_name, variant)
         constants |= {"STACK": row.stack, "LANES": row.lanes, "VECTOR": row.vector, "REST": row.rest}
         constants |= {"CTAS": row.n_ctas, "HELD": row.n_steps if row.held and variant.same_window else None}
-        constants["PTX"] = arch > 0
+        constants["PTX"] = target.backend == "cuda" and constants["HAS_GRAD"]
         options = {"num_warps": row.num_warps, "num_ctas": row.n_ctas}
-        if row.max_registers is not None:
-            options["maxnreg"] = row.max_registers
+        max_registers = row.max_registers
     else:
         with_softcap = variant.kernel == "logits_grad" and constants["CAP"]
-        tile = tile_config(4096, variant.vocab_size, itemsize, with_softcap, target.warp_size)
+        tile = tile_config(4096, variant.vocab_size, ITEMSIZES[variant.dtype], with_softcap, target.warp_size)
         constants |= {"STACK": tile.stack, "LANES": tile.lanes, "VECTOR": tile.vector, "REST": tile.rest}
         options = {"num_warps": tile.num_warps}
-        if tile.max_registers is not None:
-            options["maxnreg"] = tile.max_registers
-
+        max_registers = tile.max_registers
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
+    function = getattr(forward if variant.kernel == "forward" else gradient, f"{variant.kernel}_kernel")
     pointers = {"logits_ptr": variant.dtype, "grad_ptr": variant.dtype, "targets_ptr": "i64", "correct_ptr": "i1"}
+    return compiled(function, target, variant.dtype, pointers, constants, options)
+
+
+def compiled(
+    function: Any,
+    target: GPUTarget,
+    dtype: str,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, int],
+) -> CompiledKernel:
+    """A kernel with no address, size or stride known to be a multiple of anything.
+
+    Pointers that are not named point to numbers of the type of sums.
+    """
+    real = "fp64" if dtype == "fp64" else "fp32"
     signature, constexprs = {}, {}
     for index, param in enumerate(function.params):
         if param.is_constexpr:
@@ -142,11 +203,17 @@ def facts_of(target_name: str, compiled: CompiledKernel) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Writes the facts of each variant of the set named on the command line, a line each."""
-    for target_name, variant in variants(sys.argv[1]):
-        print(json.dumps({"target": target_name, **variant._asdict(), **facts(target_name, variant)}), flush=True)
+def _line(facts: Callable[[str, Any], dict[str, Any]], target_and_variant: tuple[str, Any]) -> str:
+    target_name, variant = target_and_variant
+    return json.dumps({"target": target_name, **variant._asdict(), **facts(target_name, variant)})
+
+
+def write(facts: Callable[[str, Any], dict[str, Any]], targets_and_variants: list[tuple[str, Any]]) -> None:
+    """Writes the facts of each variant, a line each; the processors share the work."""
+    with multiprocessing.Pool(len(os.sched_getaffinity(0))) as pool:
+        for line in pool.imap(functools.partial(_line, facts), targets_and_variants):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    write(facts, variants(sys.argv[1]))

@@ -151,8 +151,8 @@ def grad(
     scaled = hidden.dtype == torch.float16
     with _device_of(hidden):
         config = grad_config(
-            n_rows, vocab_size, depth, itemsize, options.softcap is not None or grad_bias is not None,
-            _aligned(hidden, weight), _arch(), _multiprocessors(hidden),
+            n_rows, vocab_size, depth, itemsize, options.softcap is not None, _aligned(hidden, weight), _arch(),
+            _multiprocessors(hidden),
         )  # fmt: skip
         tiles, n_row_blocks, n_depth_blocks = config.tiles, config.n_row_blocks, config.n_depth_blocks
         order, n_valid = _valid_first(targets, options.ignore_index)
@@ -300,7 +300,6 @@ def _layout(hidden: Tensor, weight: Tensor, block: int) -> dict[str, Any]:
     return {
         "EVEN": hidden.shape[1] % block == 0,
         "VECTOR": VECTOR_BYTES // hidden.element_size() if _aligned(hidden, weight) else 1,
-        "INTERPRETED": os.environ.get("TRITON_INTERPRET") == "1",
     }
 
 

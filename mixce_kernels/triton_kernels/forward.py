@@ -19,7 +19,7 @@ from mixce_kernels.triton_kernels.rows import (
     row_grad,
     tile_index,
 )
-from mixce_kernels.triton_kernels.runtime import kernel
+from mixce_kernels.triton_kernels.runtime import bound, kernel
 
 
 @triton.jit
@@ -135,11 +135,11 @@ def forward_kernel(
     if HELD is None:
         body_ptr = tl.multiple_of(logits_ptr + head, 16)
         n_blocks = n_steps // STACK
-        for block in range(n_blocks):
+        for block in range(bound(n_blocks)):
             x = tl.load(body_ptr + block * BLOCK + in_block)
             columns = head + block * BLOCK + in_block
             lanes = add_body(lanes, x, columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
-        for step in range(n_blocks * STACK, n_steps):
+        for step in range(bound(n_blocks * STACK), bound(n_steps)):
             x = tl.load(body_ptr + step * STEP + in_step)
             columns = head + step * STEP + in_step
             lanes = add_body(lanes, x, columns, target_column, x_target, transform, SMOOTH, CAP, STATS)

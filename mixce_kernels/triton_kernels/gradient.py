@@ -7,7 +7,7 @@ import triton.language as tl
 
 from mixce_kernels.triton_kernels.math import as_real
 from mixce_kernels.triton_kernels.rows import fill_zeros, grad_terms, head_of, rest_of, row_begin, row_grad, tile_index
-from mixce_kernels.triton_kernels.runtime import kernel
+from mixce_kernels.triton_kernels.runtime import bound, kernel
 
 
 @triton.jit
@@ -115,7 +115,7 @@ def scale_rows_kernel(
     grad_ptr += row_begin(row, inner, outer_stride, inner_stride)
     head = head_of(grad_ptr, VECTOR)
     body_ptr = tl.multiple_of(grad_ptr + head, 16)
-    for step in range(first_step, end_step):
+    for step in range(bound(first_step), bound(end_step)):
         step_ptr = body_ptr + step * STEP + tile_index((1, 1, LANES, VECTOR))
         grad = tl.load(step_ptr).to(factor.dtype) * factor
         tl.store(step_ptr, grad.to(dtype), cache_modifier=".cs")

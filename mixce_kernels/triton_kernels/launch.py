@@ -12,21 +12,23 @@ MAX_CTAS = 8
 _STACK = {2: 4, 4: 8, 8: 2}
 # A row's rest is less than a step, so a small program has less of it, and its threads synchronise less.
 _WARPS = 4
-# A held row without a cluster: twice the threads have twice the registers.
+# A held row past the largest cluster, or without clusters: twice the threads have twice the registers.
 _WIDE_WARPS = 8
 # Below so many steps the rest would be most of the row: a smaller program has more steps.
 _MIN_STEPS = 4
-# Vectors of a held row in a thread's registers: 124 of the 255, with no spills. A multiprocessor has registers for two
-# programs of 128 threads then: one loads while the other computes.
-_MAX_HELD = 31
-# Of those the compilers spill a few for sm_100 and later, for gfx942 and for float64.
+# Vectors of a held row in a thread's registers: 96 of the 255. Of more some compiler of Triton 3.6 to 3.9 spills. A
+# multiprocessor has registers for two programs of 128 threads then: one loads while the other computes.
+_MAX_HELD = 24
+# Of those some compiler spills in clusters of 4 and 8, for sm_100 and later, for gfx942 and for float64.
 _MAX_HELD_SPARING = 20
+# And AMD's, of those, in float64.
+_MAX_HELD_FLOAT64_GFX = 16
 # A softcap, statistics or label smoothing need registers of their own, and their code is too much for Triton's pass
 # "plan CTA", which gives up after 10000 steps: no clusters.
 _MAX_HELD_WITH_OPTIONS = 4
 # Two programs for a multiprocessor with few rows; more of them would only repeat the reading of a row's terms.
 _TILE_PROGRAMS = 256
-# Of a thread, all that NVIDIA's have: told so, ptxas spills none to run more programs at once.
+# Registers per thread: the hardware's maximum. With this limit ptxas does not spill to raise occupancy.
 _MAX_REGISTERS = 255
 
 
@@ -90,12 +92,15 @@ def row_config(
         max_ctas = MAX_CTAS if arch >= 90 else 1
         sparing = arch >= 100 or itemsize == 8 or warp_size == 64
         max_held = _MAX_HELD_SPARING if sparing else _MAX_HELD
+        if itemsize == 8 and warp_size == 64:
+            max_held = _MAX_HELD_FLOAT64_GFX
         if with_stats or with_options:
             max_ctas, max_held = 1, _MAX_HELD_WITH_OPTIONS
         shapes = [(num_warps, 1), (_WARPS, 1)]
-        shapes += [(_WARPS, ctas) for ctas in (2, 4, 8) if ctas <= max_ctas] or [(_WIDE_WARPS, 1)]
+        shapes += [(_WARPS, ctas) for ctas in (2, 4, 8) if ctas <= max_ctas] + [(_WIDE_WARPS, max_ctas)]
         for warps, ctas in shapes:
-            if _steps(vocab_size, ctas * warps * warp_size * vector, vector) <= max_held:
+            n_steps = _steps(vocab_size, ctas * warps * warp_size * vector, vector)
+            if n_steps <= (min(max_held, _MAX_HELD_SPARING) if ctas > 2 else max_held):
                 num_warps, n_ctas, held = warps, ctas, True
                 break
     lanes = num_warps * warp_size

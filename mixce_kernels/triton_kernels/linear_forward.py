@@ -8,7 +8,7 @@ import triton.language as tl
 from mixce_kernels.triton_kernels.lanes import finite, moved_lanes, sum_of_lanes
 from mixce_kernels.triton_kernels.linear_tiles import logits_tile, rows_at
 from mixce_kernels.triton_kernels.math import as_real, capped, token_terms
-from mixce_kernels.triton_kernels.runtime import kernel
+from mixce_kernels.triton_kernels.runtime import bound, kernel
 
 # What a split leaves of a row: m, sum_exp, x_target; where SMOOTH sum_shifted; where STATS sum_exp_shifted, the largest
 # logit, and whether the target is the first such.
@@ -58,7 +58,6 @@ def linear_forward_kernel(
     STATS: tl.constexpr,
     EVEN: tl.constexpr,
     VECTOR: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -78,7 +77,9 @@ def linear_forward_kernel(
     real: tl.constexpr = partial_ptr.dtype.element_ty
     rate = (as_real(diff_scale, tl.float64) * 1.4426950408889634).to(real)
     row, in_rows = rows_at(order_ptr, n_valid, block * BLOCK_N, BLOCK_N)
+    # 32 bits: comparisons with a tile's columns take half the registers. No column for a target that is none.
     target = tl.load(targets_ptr + row).to(tl.int64)
+    target = tl.where((target >= 0) & (target < vocab_size), target, -1).to(tl.int32)
     hidden_rows = hidden_ptr + row * hidden_stride
     zeros = tl.zeros((BLOCK_N,), real)
     lanes = (zeros - float("inf"), zeros, zeros, zeros, zeros, 0)
@@ -87,11 +88,11 @@ def linear_forward_kernel(
     hit = tl.zeros((BLOCK_N,), tl.int32)
 
     end = tl.minimum((split + 1) * split_size, vocab_size)
-    for first in range(split * split_size, end, BLOCK_V):
+    for first in range(bound(split * split_size), bound(end), BLOCK_V):
         weight_row = tl.minimum(first + tl.arange(0, BLOCK_V), vocab_size - 1).to(tl.int64)
         x = logits_tile(
             hidden_rows, weight_ptr + weight_row * weight_stride, bias_ptr + weight_row, depth,
-            real, HAS_BIAS, EVEN, VECTOR, INTERPRETED, BLOCK_D,
+            real, HAS_BIAS, EVEN, VECTOR, BLOCK_D,
         )  # fmt: skip
         # Columns and the target's are counted from the tile's first.
         i = tl.arange(0, BLOCK_V)[None, :]

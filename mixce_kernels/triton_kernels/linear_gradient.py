@@ -20,7 +20,7 @@ from mixce_kernels.triton_kernels.linear_tiles import (
     terms_at,
 )
 from mixce_kernels.triton_kernels.math import as_real
-from mixce_kernels.triton_kernels.runtime import kernel
+from mixce_kernels.triton_kernels.runtime import bound, kernel
 
 
 @triton.jit
@@ -85,7 +85,6 @@ def linear_grad_logits_kernel(
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
     VECTOR: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -107,7 +106,7 @@ def linear_grad_logits_kernel(
     column, weight_row, in_columns = columns_at(vocab_size, first_column + column_block * BLOCK_V, BLOCK_V)
     x = logits_tile(
         hidden_ptr + row * hidden_stride, weight_ptr + weight_row * weight_stride, bias_ptr + weight_row, depth,
-        real, HAS_BIAS, EVEN, VECTOR, INTERPRETED, BLOCK_D,
+        real, HAS_BIAS, EVEN, VECTOR, BLOCK_D,
     )  # fmt: skip
     target = tl.load(targets_ptr + row).to(tl.int64)
     terms = terms_at(
@@ -118,7 +117,7 @@ def linear_grad_logits_kernel(
     grad = grad_of_tile(x, column, target, in_rows[:, None] & in_columns[None, :], terms, transform, CAP)
     if PRODUCTS:
         tile_ptr = scratch_tile(scratch_ptr, block * BLOCK_N, column_block * BLOCK_V, span, BLOCK_N, BLOCK_V)
-        tl.store(tile_ptr, rounded(grad, scratch_ptr.dtype.element_ty, INTERPRETED))
+        tl.store(tile_ptr, rounded(grad, scratch_ptr.dtype.element_ty))
     if GRAD_BIAS:
         total = tl.sum(grad, axis=0)
         if SCALED:
@@ -148,7 +147,6 @@ def linear_grad_hidden_kernel(
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
     VECTOR: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -169,14 +167,13 @@ def linear_grad_hidden_kernel(
         return
     real: tl.constexpr = grad_ptr.dtype.element_ty
     total = tl.zeros((BLOCK_N, BLOCK_OUT), real)
-    for k in range(split * split_size, tl.minimum((split + 1) * split_size, n_columns), BLOCK_K):
+    end = tl.minimum((split + 1) * split_size, n_columns)
+    for k in range(bound(split * split_size), bound(end), BLOCK_K):
         _, weight_row, _ = columns_at(vocab_size, first_column + k, BLOCK_K)
         weight_rows = weight_ptr + weight_row * weight_stride
         grad = tl.load(scratch_tile(scratch_ptr, block * BLOCK_N, k, span, BLOCK_N, BLOCK_K))
         weight = load_depth(weight_rows, depth_block * BLOCK_OUT, depth, EVEN, VECTOR, BLOCK_OUT)
-        total = tl.dot(
-            operand(grad, INTERPRETED), operand(weight, INTERPRETED), total, input_precision="ieee", out_dtype=real
-        )
+        total = tl.dot(operand(grad), operand(weight), total, input_precision="ieee", out_dtype=real)
     if SCALED:
         total *= 1.0 / tl.load(scale_ptr)
     row, in_rows = rows_at(order_ptr, n_valid, block * BLOCK_N, BLOCK_N)
@@ -200,7 +197,6 @@ def linear_grad_weight_kernel(
     SCALED: tl.constexpr,
     EVEN: tl.constexpr,
     VECTOR: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
@@ -214,12 +210,12 @@ def linear_grad_weight_kernel(
     real: tl.constexpr = grad_ptr.dtype.element_ty
     n_valid = tl.load(n_valid_ptr).to(tl.int32)
     total = tl.zeros((BLOCK_V, BLOCK_OUT), real)
-    for k in range(0, n_valid, BLOCK_K):
+    for k in range(0, bound(n_valid), BLOCK_K):
         position = tl.minimum(k + tl.arange(0, BLOCK_K), n_valid - 1).to(tl.int64)
         grad = tl.load(scratch_tile(scratch_ptr, k, column_block * BLOCK_V, span, BLOCK_K, BLOCK_V))
         hidden = load_depth(hidden_ptr + position * depth, depth_block * BLOCK_OUT, depth, EVEN, VECTOR, BLOCK_OUT)
         total = tl.dot(
-            tl.trans(operand(grad, INTERPRETED)), operand(hidden, INTERPRETED), total,
+            tl.trans(operand(grad)), operand(hidden), total,
             input_precision="ieee", out_dtype=real,
         )  # fmt: skip
     if SCALED:

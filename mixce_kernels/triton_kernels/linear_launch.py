@@ -18,12 +18,13 @@ _SCRATCH_BYTES = 64 * 2**20
 _MIN_SPAN = 2048
 # Partial gradients by hidden states are of N * D numbers each.
 _MAX_GRAD_SPLITS = 8
-# Columns of a tile by the size of an element, half as many where a thread's registers would not do: what options hold
-# beside a tile, and on sm_100, whose tiles come from tensor memory, the forward's statistics alone.
+# Columns of a tile by the size of an element. Half as many where a compiler of Triton 3.6 to 3.9 spills otherwise: with
+# the options of the forward, with a softcap in the backward, and on sm_100, whose tiles come from tensor memory, with
+# the forward's statistics alone.
 _WIDTHS = {2: 128, 4: 64, 8: 32}
 # Of rows that are not whole vectors each element has an address of its own, in registers.
 _UNALIGNED_WIDTH = 64
-# Of a thread, all that NVIDIA's have: told so, ptxas spills none to run more programs at once.
+# Registers per thread: the hardware's maximum. With this limit ptxas does not spill to raise occupancy.
 _MAX_REGISTERS = 255
 # Blocks of rows that programs take in turn before they take the next columns, so that both stay in L2.
 _GROUP = 8
@@ -102,13 +103,13 @@ def grad_config(
     vocab_size: int,
     depth: int,
     itemsize: int,
-    with_options: bool = False,
+    with_softcap: bool = False,
     aligned: bool = True,
     arch: int = 0,
     multiprocessors: int = 132,
 ) -> GradConfig:
-    """The launches of the backward; `with_options` says whether there are a softcap or a bias that wants a gradient."""
-    tiles = _tiles(n_rows, itemsize, with_options and arch >= 100, aligned, arch)
+    """The launches of the backward."""
+    tiles = _tiles(n_rows, itemsize, with_softcap, aligned, arch)
     n_row_blocks = _cdiv(n_rows, tiles.block_n)
     block_out = _WIDTHS[itemsize] if aligned else min(_WIDTHS[itemsize], _UNALIGNED_WIDTH)
     n_depth_blocks = _cdiv(depth, block_out)
@@ -131,10 +132,10 @@ def _tiles(n_rows: int, itemsize: int, narrow: bool, aligned: bool, arch: int) -
     block_n = 64 if n_rows > 16 else 16
     if not aligned:
         return Tiles(block_n, _UNALIGNED_WIDTH, 64 // itemsize, 8, 2, max_registers)
-    if itemsize == 4:
-        return Tiles(block_n, block_v, 32, 4, 3 if arch else 2, max_registers)
     if narrow:
         block_v //= 2
+    if itemsize == 4:
+        return Tiles(block_n, block_v, 32, 4, 3 if arch else 2, max_registers)
     # sm_120 has 99 KiB of shared memory a block, and AMD's have 64. Three tiles of each operand are under way or in
     # use; where products are not asynchronous Triton makes one fewer than its stages.
     block_d, num_stages = (64, 3 if arch >= 90 else 4) if 80 <= arch < 120 else (32, 4 if arch else 2)

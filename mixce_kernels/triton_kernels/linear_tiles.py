@@ -12,6 +12,7 @@ import triton.language as tl
 
 from mixce_kernels.triton_kernels.math import capped
 from mixce_kernels.triton_kernels.rows import grad_terms
+from mixce_kernels.triton_kernels.runtime import INTERPRETED, bound
 
 
 @triton.jit
@@ -43,7 +44,7 @@ def load_depth(row_ptr, first, depth, EVEN: tl.constexpr, VECTOR: tl.constexpr, 
 
 
 @triton.jit
-def operand(x, INTERPRETED: tl.constexpr):
+def operand(x):
     """A tile as tl.dot takes it: the interpreter has no arithmetic in bfloat16."""
     if INTERPRETED and x.dtype == tl.bfloat16:
         return x.to(tl.float32)
@@ -51,7 +52,7 @@ def operand(x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+def rounded(x, dtype: tl.constexpr):
     """Rounds to nearest, ties to even, as GPUs do; the interpreter would cut float32 to bfloat16."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -70,14 +71,13 @@ def logits_tile(
     HAS_BIAS: tl.constexpr,
     EVEN: tl.constexpr,
     VECTOR: tl.constexpr,
-    INTERPRETED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Logits [BLOCK_N, BLOCK_V] of type `real`, in which they are summed."""
     x = tl.zeros((hidden_rows.shape[0], weight_rows.shape[0]), real)
-    for first in range(0, depth, BLOCK_D):
-        hidden = operand(load_depth(hidden_rows, first, depth, EVEN, VECTOR, BLOCK_D), INTERPRETED)
-        weight = operand(load_depth(weight_rows, first, depth, EVEN, VECTOR, BLOCK_D), INTERPRETED)
+    for first in range(0, bound(depth), BLOCK_D):
+        hidden = operand(load_depth(hidden_rows, first, depth, EVEN, VECTOR, BLOCK_D))
+        weight = operand(load_depth(weight_rows, first, depth, EVEN, VECTOR, BLOCK_D))
         x = tl.dot(hidden, tl.trans(weight), x, input_precision="ieee", out_dtype=real)
     if HAS_BIAS:
         x += tl.load(bias_ptr).to(real)[None, :]

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from mixce_kernels.triton_kernels.math import capped
+from mixce_kernels.triton_kernels.runtime import bound
 
 
 @triton.jit
@@ -41,10 +42,10 @@ def tile_index(SHAPE: tl.constexpr):
 
 
 @triton.jit
-def rest_of(head, body_size, vocab_size, SHAPE: tl.constexpr):
-    """Columns of the elements outside the body, and which of them exist."""
+def rest_of(head, body_size, end, SHAPE: tl.constexpr):
+    """Columns of the elements outside the body, and which of them exist: those before `end`, none for an end of 0."""
     i = tile_index(SHAPE)
-    return tl.where(i < head, i, body_size + i), i < vocab_size - body_size
+    return tl.where(i < head, i, body_size + i), i < end - body_size
 
 
 @triton.jit
@@ -133,21 +134,22 @@ def row_grad(
     """Pass 2 over some steps of a row; who has the last has the rest, too."""
     STEP: tl.constexpr = LANES * VECTOR
     head = head_of(grad_ptr, VECTOR)
-    rest, in_rest = rest_of(head, n_steps * STEP, vocab_size, (1, REST // LANES, LANES, 1))
-    in_rest &= end_step == n_steps
+    # By the end: `&` of a mask and a scalar is an integer to Triton's interpreter, which 3.9 refuses as a mask.
+    rest_end = tl.where(end_step == n_steps, vocab_size, 0)
+    rest, in_rest = rest_of(head, n_steps * STEP, rest_end, (1, REST // LANES, LANES, 1))
     x_rest = tl.load(logits_ptr + rest, mask=in_rest)
     grad_body = tl.multiple_of(grad_ptr + head, 16)
     logits_body = logits_ptr + head
     if SAME_WINDOW:
         logits_body = tl.multiple_of(logits_body, 16)
     n_blocks = (end_step - first_step) // STACK
-    for block in range(n_blocks):
+    for block in range(bound(n_blocks)):
         begin = (first_step + block * STACK) * STEP
         grad_tile(
             logits_body + begin, grad_body + begin, head + begin, target_column, terms, transform,
             CAP, (1, STACK, LANES, VECTOR),
         )  # fmt: skip
-    for step in range(first_step + n_blocks * STACK, end_step):
+    for step in range(bound(first_step + n_blocks * STACK), bound(end_step)):
         begin = step * STEP
         grad_tile(
             logits_body + begin, grad_body + begin, head + begin, target_column, terms, transform,
@@ -168,9 +170,10 @@ def fill_zeros(
     STEP: tl.constexpr = CTAS * LANES * VECTOR
     head = head_of(grad_ptr, VECTOR)
     body_ptr = tl.multiple_of(grad_ptr + head, 16)
-    for step in range(first_step, end_step):
+    for step in range(bound(first_step), bound(end_step)):
         zeros = tl.zeros((CTAS, 1, LANES, VECTOR), dtype)
         tl.store(body_ptr + step * STEP + tile_index((CTAS, 1, LANES, VECTOR)), zeros, cache_modifier=".cs")
     SHAPE: tl.constexpr = (CTAS, REST // (CTAS * LANES), LANES, 1)
-    rest, in_rest = rest_of(head, n_steps * STEP, vocab_size, SHAPE)
-    tl.store(grad_ptr + rest, tl.zeros(SHAPE, dtype), mask=in_rest & (end_step == n_steps))
+    rest_end = tl.where(end_step == n_steps, vocab_size, 0)
+    rest, in_rest = rest_of(head, n_steps * STEP, rest_end, SHAPE)
+    tl.store(grad_ptr + rest, tl.zeros(SHAPE, dtype), mask=in_rest)
