@@ -49,7 +49,8 @@ class Inputs(FewRows):
         self.pristine = self.few.to(device)[index]  # [N, V]
         self.targets = self.few_targets.to(device)[index]  # [N]
         self.masked_targets = self.few_masked.to(device)[index]  # [N], some ignored: for the check alone
-        self.logits = self.pristine.clone().requires_grad_()  # [N, V]
+        # No leaf, which a gradient may not overwrite, but computed, as a model's logits are.
+        self.logits = self.pristine + torch.zeros((), dtype=dtype, device=device, requires_grad=True)  # [N, V]
         self.scratch = torch.empty_like(self.pristine)  # [N, V]
         self._expected: dict[float, Expected] = {}
 

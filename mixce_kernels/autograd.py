@@ -182,6 +182,15 @@ class ForwardWithGradInplace(torch.autograd.Function):
         return grad_logits.detach(), *(None,) * ctx.n_inputs
 
 
+def forward_with_grad_inplace(*args: Any) -> tuple[Tensor, ...]:
+    """`forward_with_grad`, whose gradient lies in the logits' memory."""
+    return ForwardWithGradInplace.apply(*_materialized(args))
+
+
+def _materialized(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(materialized(arg) if isinstance(arg, Tensor) else arg for arg in args)
+
+
 class Differentiable:
     """An operator with its derivative, called through the dispatcher only where somebody listens there.
 
@@ -225,7 +234,7 @@ class Differentiable:
             return self.operator(*args)
         if torch._C._are_functorch_transforms_active():
             return self.transformable_node.apply(*args)
-        args = tuple(materialized(arg) if isinstance(arg, Tensor) else arg for arg in args)
+        args = _materialized(args)
         differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         # In forward mode a node says that it has no such derivative; a kernel would lose it silently.
         differentiate = differentiate or forward_ad._current_level >= 0

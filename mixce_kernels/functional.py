@@ -157,7 +157,7 @@ def fused_loss(
     if grad_in_forward and wants_grad:
         # The gradient is final only if every factor of a token is known before the kernel runs.
         overwrite = inplace and autograd.hooks_on_saved_tensors() is None
-        call = autograd.ForwardWithGradInplace.apply if overwrite else autograd.forward_with_grad
+        call = autograd.forward_with_grad_inplace if overwrite else autograd.forward_with_grad
         loss, _, stats, correct, *_ = call(
             logits, targets, reduced.token_scale(targets), eta_tensor, eta_value, *options, return_stats, backend
         )

@@ -169,6 +169,7 @@ def linear_mixce_loss_reference(
     (float64 for float64 tensors); under autocast the operands are rounded to its type first. `max_chunk_bytes` and
     `path` change no value. Differentiable any number of times.
     """
+    check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
     compute_dtype = check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden))
     check_linear_options(max_chunk_bytes, path, None)
     return mixce_loss_reference(

@@ -92,7 +92,7 @@ class _Computed(torch.autograd.Function):
 
 
 def computed(values: Tensor) -> Tensor:
-    """The values where they lie, as if a model had computed them: they require a gradient, and may be overwritten."""
+    """The values where they lie, as if a model had computed them: they have a gradient, and may be overwritten."""
     return _Computed.apply(torch.zeros((), device=values.device, requires_grad=True), values)
 
 

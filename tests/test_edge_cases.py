@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from cases import DTYPES, MODES
 from conftest import EMULATED, GPU_BACKENDS
+from inputs import computed
 from torch import Tensor
 
-from mixce_kernels import fused_mixce_loss
+from mixce_kernels import fused_linear_mixce_loss, fused_mixce_loss
 
 ALL_MODES = pytest.mark.parametrize("mode", MODES)
 
 
 def loss_and_grad(logits: Tensor, targets: Tensor, *args: Any, upstream: Tensor | None = None, **keywords: Any):
     """Both, without a reduction unless asked for."""
-    logits = logits.clone().requires_grad_()
+    logits = computed(logits.clone())
     loss = fused_mixce_loss(logits, targets, *args, **{"reduction": "none", **keywords})
     (grad,) = torch.autograd.grad(loss, logits, torch.ones_like(loss) if upstream is None else upstream)
     return loss.detach(), grad
@@ -33,7 +35,8 @@ def test_ignored_rows_are_not_read(
     logits = torch.randn(3, 70, device=device, dtype=torch.float64).to(dtype)
     logits[1] = content
     targets = torch.tensor([4, -100, 69], device=device)
-    logits.requires_grad_()
+    logits = computed(logits)
+    logits.retain_grad()
     loss, stats = fused_mixce_loss(
         logits, targets, 0.3, reduction="none", return_stats=True, backend=backend,
         token_weights=torch.tensor([1.0, content, 1.0], device=device),
@@ -54,7 +57,8 @@ def test_ignored_rows_are_not_read(
 @pytest.mark.parametrize("weighted", [False, True])
 def test_nothing_valid_is_zero(backend: str, device: str, mode: str, reduction: str, rows: int, weighted: bool) -> None:
     """Every token ignored, or none there: 0, connected to the graph, with a gradient of 0."""
-    logits = torch.full((rows, 9), torch.nan, device=device, requires_grad=True)
+    logits = computed(torch.full((rows, 9), torch.nan, device=device))
+    logits.retain_grad()
     targets = torch.full((rows,), -100, device=device)
     weights = torch.rand(rows, device=device) if weighted else None
     loss = fused_mixce_loss(logits, targets, reduction=reduction, token_weights=weights, backend=backend, **MODES[mode])
@@ -87,7 +91,7 @@ def test_bad_target_raises_before_anything_is_written(mode: str, dtype: torch.dt
         before = logits.clone()
         targets = torch.tensor([[0, -100, 49], [3, bad, 99]], dtype=dtype)
         with pytest.raises(IndexError, match=rf"expected targets in \[0, 50\).*-100.* got {bad} in row 4$"):
-            fused_mixce_loss(logits.requires_grad_(), targets, backend=backend, **MODES[mode])
+            fused_mixce_loss(computed(logits), targets, backend=backend, **MODES[mode])
         assert torch.equal(logits, before)
 
 
@@ -249,3 +253,81 @@ def test_masks_of_the_lowest_finite_number(backend: str, device: str, mode: str,
     torch.testing.assert_close(loss.cpu().double(), expected, rtol=1e-6, atol=0)
     assert (grad[1, 6:3000] == 0).all()
     torch.testing.assert_close(grad[0, :7].cpu().double(), torch.full((7,), 1 / 3001).double(), rtol=2**-7, atol=0)
+
+
+LOSSES: dict[str, Callable[..., Any]] = {
+    "plain": fused_mixce_loss,
+    "linear": lambda values, *args, **keywords: fused_linear_mixce_loss(
+        values, torch.eye(9, dtype=values.dtype, device=values.device), *args, **keywords
+    ),
+}
+
+
+@pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("shape", [(), (4,)])
+def test_the_forward_s_weights_count(
+    backend: str, device: str, mode: str, reduction: str, shape: tuple[int, ...], loss_of: Callable[..., Any]
+) -> None:
+    """A schedule may write to eta between forward and backward: the gradient is that of the loss that came out."""
+    values, targets = torch.randn(4, 9, device=device), torch.tensor([1, 2, -100, 8], device=device)
+    keywords = {"reduction": reduction, "backend": backend, **MODES[mode]}
+    grads = []
+    for changed in (False, True):
+        leaf, eta = values.clone().requires_grad_(), torch.full(shape, 0.3, device=device)
+        loss = loss_of(leaf * 1, targets, eta, **keywords)
+        if changed:
+            eta.fill_(0.9)
+        grads.append(torch.autograd.grad(loss.sum(), leaf)[0])
+    assert torch.equal(*grads)
+    if "inplace" in mode:
+        return
+    for changed in (False, True):
+        leaf, eta = values.clone().requires_grad_(), torch.full(shape, 0.3, device=device)
+        loss = loss_of(leaf * 1, targets, eta, **keywords)
+        if changed:
+            eta.fill_(0.9)
+        (grad,) = torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+        grads.append(torch.autograd.grad(grad.square().sum(), leaf)[0])
+    assert torch.equal(*grads[2:])
+
+
+def negated(tensor: Tensor) -> Tensor:
+    """The same values, held as their negatives with the negative bit set."""
+    return torch._neg_view(-tensor)
+
+
+def no_memory(tensor: Tensor) -> Tensor:
+    """Zeros that have no memory, as gradients of nothing are."""
+    return torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype, device=tensor.device)
+
+
+@pytest.mark.parametrize("loss_of", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_tensors_are_not_read_as_they_lie(
+    backend: str, device: str, mode: str, reduction: str, loss_of: Callable[..., Any]
+) -> None:
+    """With their negative bit set, as the imaginary part of a conjugate; zero tensors without memory; expanded ones."""
+    leaf = torch.randn(4, 9, device=device, requires_grad=True)
+    targets, eta = torch.tensor([1, 2, -100, 8], device=device), torch.rand(4, device=device)
+    weights = torch.rand(4, device=device)
+    upstream = torch.randn((4,) if reduction == "none" else (), device=device)
+
+    def outcome(of: Callable[[Tensor], Tensor], *which: str) -> tuple[Tensor, ...]:
+        given = {"logits": leaf * 1, "targets": targets, "eta": eta, "weights": weights, "upstream": upstream}
+        given |= {name: of(given[name]) for name in which}
+        loss = loss_of(
+            given["logits"], given["targets"], given["eta"], token_weights=given["weights"], reduction=reduction,
+            backend=backend, **MODES[mode],
+        )  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, leaf, given["upstream"])
+
+    for name in ("logits", "targets", "eta", "weights", "upstream"):
+        torch.testing.assert_close(outcome(negated, name), outcome(Tensor.clone, name))
+    for name in ("eta", "weights", "upstream"):
+        torch.testing.assert_close(outcome(no_memory, name), outcome(torch.zeros_like, name))
+    expanded = outcome(lambda tensor: tensor.flatten()[:1].expand(tensor.shape), "eta", "weights", "targets")
+    copied = outcome(lambda tensor: tensor.flatten()[:1].expand(tensor.shape).contiguous(), "eta", "weights", "targets")
+    torch.testing.assert_close(expanded, copied)

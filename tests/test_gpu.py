@@ -14,7 +14,7 @@ import pytest
 import torch
 from cases import BFLOAT16, DTYPES, FLOAT16, FLOAT32, MODES, Case
 from conftest import EMULATED, GPU_BACKENDS, INTERPRETED
-from inputs import build
+from inputs import build, computed
 from oracle import Options
 from test_loss import check, run
 from test_memory import allocated_bytes
@@ -74,7 +74,7 @@ def inputs(n_rows: int, vocab_size: int, device: str, dtype: torch.dtype) -> tup
 
 def loss_and_grad(values: Tensor, targets: Tensor, *args: Any, **keywords: Any) -> tuple[Tensor, Tensor]:
     """Of a copy of the logits; tokens' losses unless a reduction is asked for."""
-    logits = values.clone().requires_grad_()
+    logits = computed(values.clone())
     loss = fused_mixce_loss(logits, targets, *args, **{"reduction": "none", **keywords})
     (grad,) = torch.autograd.grad(loss, logits, torch.full_like(loss, 0.7))
     return loss.detach(), grad
@@ -141,7 +141,7 @@ def test_accuracy(backend: str, device: str, case: Case, copies: int) -> None:
     if EMULATED and copies > 1 and case.shape[-1] > VOCAB_SIZES[0]:
         pytest.skip("too slow for an emulation")
     few = build(case)
-    logits = few.logits.detach().to(device).repeat(copies, 1).requires_grad_()
+    logits = computed(few.logits.detach().to(device).repeat(copies, 1))
     targets, upstream = few.targets.to(device).repeat(copies), few.upstream.to(device).repeat(copies)
     loss = fused_mixce_loss(logits, targets, few.eta, backend=backend, **few.keywords)
     (grad,) = torch.autograd.grad(loss, logits, upstream)
@@ -195,7 +195,7 @@ def test_more_than_2_to_31_logits(backend: str, device: str, mode: str, spare: i
     targets, upstream = (
         tensor.to(device).repeat(LARGE_ROWS // FEW).view(2, -1) for tensor in (few.targets, few.upstream)
     )
-    logits.requires_grad_()
+    logits = computed(logits)
     loss = fused_mixce_loss(logits, targets, few.eta, backend=backend, **few.keywords)
     (grad,) = torch.autograd.grad(loss, logits, upstream)
     check(few, few.oracle(), loss[0, :FEW].cpu(), grad[0, :FEW].cpu())
@@ -278,7 +278,7 @@ def test_peak_memory(
 ) -> None:
     """Forward and in place O(N); out of place one gradient, and nothing else of that size."""
     values, targets = inputs(*MEMORY_SHAPE, device, dtype)
-    logits = values.requires_grad_(direction == "both")
+    logits = computed(values) if direction == "both" else values
 
     def call() -> None:
         loss = fused_mixce_loss(logits, targets, 0.5, backend=backend, **MODES[mode], **options)
@@ -314,7 +314,7 @@ def test_sanitizer(
     n_rows, vocab_size = shape
     values, targets = inputs(n_rows, vocab_size, device, dtype)
     memory = torch.empty(values.numel() + offset, dtype=dtype, device=device)
-    logits = memory[offset:].view(shape).copy_(values).requires_grad_()
+    logits = computed(memory[offset:].view(shape).copy_(values))
     eta = torch.rand(n_rows, device=device)
     loss = fused_mixce_loss(logits, targets, eta, reduction="none", backend=backend, **MODES[mode], **options)
     loss = loss[0] if options.get("return_stats") else loss

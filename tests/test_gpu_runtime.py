@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import BFLOAT16, FLOAT32, MODES
 from conftest import EMULATED, GPU_BACKENDS, INTERPRETED, needs_gpu
+from inputs import computed
 from test_gpu import inputs, loss_and_grad
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -135,15 +136,15 @@ def test_graph_replays_with_changed_inputs(
     values, targets = inputs(*shape, device, dtype)
     eta, n_items = torch.tensor(0.3, device=device), torch.tensor(5.0, device=device)
     weights = torch.rand(shape[0], device=device)
-    logits = torch.empty_like(values, requires_grad=mode != "forward")
+    memory = torch.empty_like(values)
     keywords = {"token_weights": weights, "num_items_in_batch": n_items, "label_smoothing": 0.1, "backend": backend}
 
     def step() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            logits.copy_(values)
+        memory.copy_(values)
         if mode == "forward":
-            loss, stats = fused_mixce_loss(logits, targets, eta, return_stats=True, **keywords)
+            loss, stats = fused_mixce_loss(memory, targets, eta, return_stats=True, **keywords)
             return loss, *stats
+        logits = computed(memory)
         loss = fused_mixce_loss(logits, targets, eta, **MODES[mode], **keywords)
         return loss.detach(), *torch.autograd.grad(loss, logits)
 
@@ -208,7 +209,7 @@ def test_nothing_synchronises(
         keywords |= {"token_weights": torch.rand(shape[0], device=device), "return_stats": True, "softcap": 9.0}
 
     def call() -> None:
-        logits = values.clone().requires_grad_()
+        logits = computed(values.clone())
         loss = fused_mixce_loss(logits, targets, eta, **keywords)
         loss = loss[0] if extras == "every_tensor" else loss
         (loss * 0.5).sum().backward()
@@ -279,16 +280,16 @@ def test_backward_from_another_stream(backend: str, device: str, mode: str) -> N
     """Autograd runs it on the stream of its forward, and the caller's stream waits for it."""
     values, targets = inputs(6, 50_257, device, BFLOAT16)
     keywords = {"backend": backend, **MODES[mode]}
-    leaf = values.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(fused_mixce_loss(leaf, targets, 0.3, **keywords), leaf)
+    logits = computed(values.clone())
+    (expected,) = torch.autograd.grad(fused_mixce_loss(logits, targets, 0.3, **keywords), logits)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        leaf = values.clone().requires_grad_()
-        loss = fused_mixce_loss(leaf, targets, 0.3, **keywords)
+        logits = computed(values.clone())
+        loss = fused_mixce_loss(logits, targets, 0.3, **keywords)
         torch.cuda._sleep(SPIN_CYCLES // 10)
     torch.cuda.current_stream().wait_stream(side)
-    (grad,) = torch.autograd.grad(loss, leaf)
+    (grad,) = torch.autograd.grad(loss, logits)
     assert torch.equal(grad, expected)
 
 

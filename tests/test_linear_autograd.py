@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixce_kernels import fused_linear_mixce_loss, linear_mixce_loss_reference
 from mixce_kernels.matmul import TiledProducts
@@ -187,3 +188,26 @@ def test_func_grad(reduction: str, kernels: str, device: str) -> None:
         return fused_linear_mixce_loss(hidden, weight, targets, bias=bias, reduction=reduction, backend=kernels).sum()
 
     assert_close(torch.func.grad(loss, argnums=(0, 1, 2))(*tensors), torch.autograd.grad(loss(*tensors), tensors))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_flops_are_counted(kernels: str, device: str, reduction: str) -> None:
+    """`FlopCounterMode` counts the products: one of the forward, two of the gradients, and logits made once more."""
+    hidden = torch.randn(2, 3, 64, device=device, requires_grad=True)
+    weight = torch.randn(1000, 64, device=device, requires_grad=True)
+    targets = torch.randint(1000, (2, 3), device=device)
+    with FlopCounterMode(display=False) as of_linear:
+        torch.nn.functional.linear(hidden, weight)
+    product = of_linear.get_total_flops()
+    assert product == 2 * 6 * 64 * 1000
+    for frozen, n_grads in ((None, 2), (weight, 1)):
+        if frozen is not None:
+            frozen.requires_grad_(False)
+        with FlopCounterMode(display=False) as forward:
+            loss = fused_linear_mixce_loss(hidden, weight, targets, reduction=reduction, backend=kernels)
+        with FlopCounterMode(display=False) as backward:
+            loss.sum().backward()
+        with FlopCounterMode(display=False) as without_grad, torch.no_grad():
+            fused_linear_mixce_loss(hidden, weight, targets, reduction=reduction, backend=kernels)
+        found = [counter.get_total_flops() // product for counter in (forward, backward, without_grad)]
+        assert found == ([1, 1 + n_grads, 1] if reduction == "none" else [1 + n_grads, 0, 1])

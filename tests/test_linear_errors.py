@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import EMULATED
-from test_errors import OPTIONS, assert_sentence
+from test_errors import OPTIONS, Quantized, assert_sentence
 
 from mixce_kernels import LinearMixCELoss, fused_linear_mixce_loss, linear_mixce_loss_reference
 
@@ -58,13 +58,21 @@ CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "eta_shape": ({"eta": torch.zeros(2)}, ValueError, r"broadcast.*\[2, 3\], got shape \[2\]"),
     "weights_shape": ({"token_weights": torch.ones(3)}, ValueError, r"targets' shape \[2, 3\], got \[3\]"),
     "num_items_with_sum": ({"num_items_in_batch": 3, "reduction": "sum"}, ValueError, "'mean' alone, got.*'sum'"),
+    "weight_quantized": (
+        {"weight": Quantized(WEIGHT)}, TypeError,
+        "weight that holds its numbers as torch.float32, got Quantized of torch.int8",
+    ),
+    "weights_require_grad": (
+        {"token_weights": torch.ones(2, 3, requires_grad=True)}, ValueError, "token_weights without requires_grad"
+    ),
+    "chunk_large": ({"max_chunk_bytes": 2**63}, ValueError, "max_chunk_bytes to be an int of 64 bits, got 92233720368"),
     "chunk_zero": ({"max_chunk_bytes": 0}, ValueError, "expected max_chunk_bytes to be positive, got 0"),
     "chunk_negative": ({"max_chunk_bytes": -1}, ValueError, "expected max_chunk_bytes to be positive, got -1"),
     "chunk_float": ({"max_chunk_bytes": 1e6}, TypeError, "max_chunk_bytes to be None or an int, got float"),
     "chunk_bool": ({"max_chunk_bytes": True}, TypeError, "max_chunk_bytes to be None or an int, got bool"),
     "path": ({"path": "rows"}, ValueError, "expected path 'chunks' or 'tiles', got 'rows'"),
 }  # fmt: skip
-MODULE_TOO = ("chunk_zero", "chunk_negative", "chunk_float", "chunk_bool", "path")
+MODULE_TOO = ("chunk_large", "chunk_zero", "chunk_negative", "chunk_float", "chunk_bool", "path")
 
 
 def call(function: Any, **changes: Any) -> Any:

