@@ -61,22 +61,25 @@ def fused_mixce_loss(
             contiguous otherwise. Arithmetic is float32 (float64 for float64 logits), also under autocast.
         targets: [...], int64 or int32, class indices in [0, V) or `ignore_index`.
         eta: mixing ratio in [0, 1]: a number, or a floating tensor that broadcasts to targets' shape and is read on
-            the device, so that a schedule neither recompiles nor synchronises. Not differentiated.
+            the device, so that a schedule neither recompiles nor synchronises. A number that misses the range by at
+            most 1e-6 is its end. Must not require a gradient; the forward's values count, also where the tensor is
+            overwritten before backward.
         ignore_index: tokens with this target have loss, gradient and statistics 0; their logits are not read.
         reduction: "none" gives targets' shape, "sum" the sum, "mean" the sum divided by the number of valid tokens
             (by the sum of their weights, with `token_weights`). A divisor of 0 counts as 1: a batch whose every
             token is ignored has loss 0 and gradient 0.
-        token_weights: [...], floating, factors of the tokens' losses; not differentiated.
+        token_weights: [...], floating, factors of the tokens' losses; must not require a gradient.
         num_items_in_batch: replaces the divisor of "mean": for gradient accumulation and data parallelism. A number or
-            a tensor of one element on any device.
+            a tensor of one element on any device; must not require a gradient.
         label_smoothing: in [0, 1], as in `torch.nn.functional.cross_entropy`. q and the weight stay unsmoothed.
         z_loss: factor of logsumexp(z)^2, which is not weighted by eta or q.
         softcap: bound of the capped logits, or None.
         logit_scale: factor of the logits (1 / temperature), positive.
         inplace_backward: the gradient overwrites the logits' memory in backward instead of allocating as much again.
             Whoever saved the logits for a later backward then gets PyTorch's error. Without a gradient to compute,
-            logits are never touched. Under `torch.compile`, which plans memory itself, and `torch.func` this has no
-            effect.
+            logits are never touched. A leaf, or a view of one, is refused. This has no effect under `torch.compile`,
+            which plans memory itself, under `torch.func`, and under hooks on saved tensors, whose copies autograd does
+            not watch; within a checkpoint it has where nothing else needs the logits.
         grad_in_forward: the gradient is computed together with the loss: one read and one write of the logits in all,
             where a row fits on the chip. An upstream gradient other than 1 multiplies it in backward: for half
             precision a second rounding. With `inplace_backward`, forward itself overwrites the logits.

@@ -59,14 +59,10 @@ class MixCEStats(NamedTuple):
 
     def means(self) -> TokenMeans:
         """The means over the tokens that are not ignored, from float64 sums; does not synchronise with a GPU."""
-        *sums, count = self.sums().unbind()
-        nll, q, weight, lse, entropy, accuracy = (total / count for total in sums)
+        sums = [column.sum(dtype=torch.float64) for column in (*self, self.valid)]
+        nll, q, weight, lse, entropy, accuracy = (total / sums[-1] for total in sums[:-1])
         means = (nll, nll.exp(), q, weight, lse, entropy, accuracy)
         return TokenMeans(*(mean.to(self.nll.dtype) for mean in means))
-
-    def sums(self) -> Tensor:
-        """Sums over the tokens, [7] float64: the attributes in their order, and the number of valid tokens."""
-        return torch.stack([column.sum(dtype=torch.float64) for column in (*self, self.valid)])
 
     @classmethod
     def of(cls, stats: Tensor, correct: Tensor) -> MixCEStats:

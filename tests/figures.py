@@ -28,8 +28,8 @@ FIGURES = {
         "grad_in_forward": Figures(2.2, 2.01, 2.15, 22.0),
     },
 }
-# Of the bytes, those in accesses of 16.
-IN_VECTORS = {"cuda": 0.98, "triton": 0.95}
+# Of the bytes, those in accesses of 16. The rest of a row of 128256, 15 steps of a cluster of 8 in Triton, is a 24th.
+IN_VECTORS = {"cuda": 0.98, "triton": 0.92}
 
 
 def assert_figures(backend: str, step: str, counters: dict[str, Any], n_logits: int) -> None:

@@ -19,6 +19,7 @@ needs_ptx_on_cpu = pytest.mark.skipif(
 
 
 @needs_ptx_on_cpu
+@pytest.mark.slow
 def test_compiled_kernels_on_cpu_tensors() -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"MIXCE_CPU_TENSORS": "1", "OMP_NUM_THREADS": "1"}
