@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,12 +67,32 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Progress(config), "one-line-progress")
 
 
+# The files that take minutes, so that no worker is left alone with one at the end.
+LONGEST = ("triton_interpreter", "cuda_kernels_on_cpu", "triton_compiled", "oldest_releases", "packaging", "compile")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks what is beyond the core. Long tests first, so that no worker is left alone with one at the end."""
+    """Marks what is beyond the core, puts long files first, and thins out what an interpreter takes minutes for."""
     for item in items:
         if BEYOND_THE_CORE.match(item.path.name):
             item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    names = [f"test_{name}.py" for name in LONGEST]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
+    if INTERPRETED:
+        items[:] = [item for item in items if not _is_spared(item)]
+
+
+# How many parameters each test of these files has tried by now.
+_tried: Counter[str] = Counter()
+
+
+def _is_spared(item: pytest.Item) -> bool:
+    """Whether an interpreter skips it: of the tests of decided cases, which others pass, every fourth is tried."""
+    if item.path.name not in ("test_edge_cases.py", "test_inplace.py", "test_reductions.py"):
+        return False
+    name = f"{item.path.name}:{getattr(item, 'originalname', item.name)}"
+    _tried[name] += 1
+    return _tried[name] % 4 != 1
 
 
 @pytest.fixture(params=BACKENDS)

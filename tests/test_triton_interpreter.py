@@ -39,9 +39,8 @@ JOBS = [
             ("installed", "test_stats.py"),
             ("installed", "test_linear.py"),
             ("installed", "test_vocab_parallel.py"),
-            ("newest", "test_triton_interpreter.py"),
+            ("newest", "test_triton_interpreter.py test_reductions.py test_inplace.py"),
             ("newest", "test_linear.py"),
-            ("newest", "test_reductions.py test_inplace.py"),
             ("oldest", "test_triton_interpreter.py"),
         )
     ),

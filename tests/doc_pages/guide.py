@@ -59,7 +59,7 @@ def graphs_compiled() -> int:
 
 
 def check_schedule(names: Namespace) -> None:
-    """One graph for all values of a tensor, of which each counted; one for each number."""
+    """One graph for all values of a tensor, of which each counted; two for a number that changes and is not static."""
     model, tokens = copy.deepcopy(names["model"]).double(), names["tokens"]
     etas = [1.0 - 0.5 * step / 5 for step in range(5)]
     with torch.no_grad():
@@ -70,12 +70,14 @@ def check_schedule(names: Namespace) -> None:
 
     if not has_kernels():
         return
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(fused_mixce_loss, backend=counter)
     logits = names["logits"].detach()
-    for eta in (0.75, 0.5, 0.75, 0.25):
-        compiled(logits, names["targets"], eta)
-    assert counter.frame_count == 3
+    for dynamic, n_graphs in ((None, 2), (False, 4)):
+        torch._dynamo.reset()
+        counter = torch._dynamo.testing.CompileCounter()
+        compiled = torch.compile(fused_mixce_loss, dynamic=dynamic, backend=counter)
+        for eta in (0.75, 0.5, 0.75, 0.25, 0.3):
+            compiled(logits, names["targets"], eta)
+        assert counter.frame_count == n_graphs
     torch._dynamo.reset()
 
 
