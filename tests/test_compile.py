@@ -10,7 +10,7 @@ import torch
 import torch._dynamo
 import torch._dynamo.testing
 from cases import MODES
-from conftest import INTERPRETED
+from conftest import EMULATED, INTERPRETED
 from inputs import computed
 from linear_cases import LINEAR_OPERATORS
 from torch import Tensor
@@ -143,6 +143,7 @@ def test_eta_schedule_does_not_recompile(backend: str, device: str) -> None:
     assert counter.frame_count == 1
 
 
+tried_natively = pytest.mark.skipif(bool(EMULATED), reason="the graphs do not depend on the backend")
 # Each option as a number that is derived from another, which the graph has a use for, too.
 NUMBERS: dict[str, Callable[[float], tuple[float, dict[str, float]]]] = {
     "eta": lambda number: (1 - 0.1 * number, {}),
@@ -171,6 +172,7 @@ def losses_of_numbers(name: str, loss: Callable[..., Any], *, dynamic: bool | No
     return counter.frame_count
 
 
+@tried_natively
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_are_those_of_the_call(name: str, dynamic: bool | None) -> None:
@@ -178,6 +180,7 @@ def test_numbers_are_those_of_the_call(name: str, dynamic: bool | None) -> None:
     losses_of_numbers(name, fused_mixce_loss, dynamic=dynamic, compiler="aot_eager")
 
 
+@tried_natively
 @pytest.mark.parametrize("name", ["eta", "logit_scale", "label_smoothing"])
 @pytest.mark.parametrize("again", [False, True])
 def test_numbers_and_the_compiler_s_cache(name: str, again: bool) -> None:
@@ -185,6 +188,7 @@ def test_numbers_and_the_compiler_s_cache(name: str, again: bool) -> None:
     losses_of_numbers(name, fused_mixce_loss, dynamic=True, compiler="inductor")
 
 
+@tried_natively
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_numbers_of_a_linear_loss(dynamic: bool | None) -> None:
     """The same for the loss from hidden states."""

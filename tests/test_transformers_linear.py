@@ -438,6 +438,8 @@ def test_what_mixed_precision_leaves_behind() -> None:
     """`Trainer` wraps the forward for bfloat16; unwrapped, the class's own stands in the model itself."""
     accelerate = pytest.importorskip("accelerate")
     model = model_of("llama")
+    # There is one state for a process, and another test's trainer may have left it.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
     prepared = accelerator.prepare(model)
     with pytest.raises(ValueError, match=r"unwrap_model\(model, keep_fp32_wrapper=False\) takes off"):
