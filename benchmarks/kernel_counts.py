@@ -162,25 +162,34 @@ class Bar:
         return measured >= bound if self.at_least else measured <= bound
 
 
-def _bars(stored: float, special: float, instructions: tuple[float, float]) -> tuple[Bar, ...]:
-    def alike(bound: float) -> dict[str, float]:
-        return dict.fromkeys(BACKENDS, bound)
+def _bars(
+    stored: float,
+    instructions: tuple[float, float],
+    special: tuple[float, float],
+    loaded: tuple[float, float] = (2.12, 2.12),
+    vectors: tuple[float, float] = (0.98, 0.95),
+) -> tuple[Bar, ...]:
+    """A step's bars, of CUDA and of Triton where they differ."""
+
+    def each(bounds: tuple[float, float]) -> dict[str, float]:
+        return dict(zip(BACKENDS, bounds, strict=True))
 
     return (
-        Bar("unique bytes loaded", "unique_loaded_bytes", alike(2.01)),
-        Bar("bytes loaded", "loaded_bytes", alike(2.12)),
-        Bar("bytes stored", "stored_bytes", alike(stored)),
-        Bar("in 16-byte accesses", "vector_share", {"cuda": 0.98, "triton": 0.95}, at_least=True),
-        Bar("exponentials", "special_functions", alike(special)),
-        Bar("PTX instructions", "instructions", dict(zip(BACKENDS, instructions, strict=True))),
+        Bar("unique bytes loaded", "unique_loaded_bytes", each((2.01, 2.01))),
+        Bar("bytes loaded", "loaded_bytes", each(loaded)),
+        Bar("bytes stored", "stored_bytes", each((stored, stored))),
+        Bar("in 16-byte accesses", "vector_share", each(vectors), at_least=True),
+        Bar("exponentials", "special_functions", each(special)),
+        Bar("PTX instructions", "instructions", each(instructions)),
     )
 
 
 # A logit of two bytes is read once, and its gradient written once, in vectors of 16 bytes, with an exponential a pass.
+# In Triton's cluster of 8 more threads load a row's few numbers, from a cache, and more of a row is its rest.
 BARS = {
-    "forward": _bars(0.01, 1.08, (8, 11)),
-    "backward": _bars(2.01, 1.02, (8, 11)),
-    "grad_in_forward": _bars(2.01, 2.1, (16, 22)),
+    "forward": _bars(0.01, (8, 11), (1.08, 1.08)),
+    "backward": _bars(2.01, (8, 11), (1.02, 1.02)),
+    "grad_in_forward": _bars(2.01, (16, 22), (2.1, 2.15), loaded=(2.12, 2.2), vectors=(0.98, 0.92)),
 }
 
 

@@ -28,8 +28,10 @@ FIGURES = {
         "grad_in_forward": Figures(2.2, 2.01, 2.15, 22.0),
     },
 }
-# Of the bytes, those in accesses of 16. The rest of a row of 128256, 15 steps of a cluster of 8 in Triton, is a 24th.
-IN_VECTORS = {"cuda": 0.98, "triton": 0.92}
+# Of the bytes, those in accesses of 16.
+IN_VECTORS = {"cuda": 0.98, "triton": 0.95}
+# The rest of a row of 128256, beside 15 steps of a cluster of 8, is a 24th.
+IN_VECTORS_OF_A_CLUSTER = 0.92
 
 
 def assert_figures(backend: str, step: str, counters: dict[str, Any], n_logits: int) -> None:
@@ -43,4 +45,5 @@ def assert_figures(backend: str, step: str, counters: dict[str, Any], n_logits: 
     assert counters["instructions"] <= figures.instructions * n_logits, message
     moved = counters["global_loaded_bytes"] + counters["global_stored_bytes"]
     in_vectors = 16 * (counters["global_loads"].get(16, 0) + counters["global_stores"].get(16, 0))
-    assert in_vectors >= IN_VECTORS[backend] * moved, message
+    in_cluster = backend == "triton" and step == "grad_in_forward"
+    assert in_vectors >= (IN_VECTORS_OF_A_CLUSTER if in_cluster else IN_VECTORS[backend]) * moved, message

@@ -32,7 +32,7 @@ STATISTICS += [Case("stats_one_dimension", shape=(300,), dtype=dtype) for dtype 
 STATISTICS += [case for case in cases.SIZES if case.shape[0] == 0]
 
 
-@pytest.mark.parametrize("case", STATISTICS[::5] if INTERPRETED else STATISTICS, ids=str)
+@pytest.mark.parametrize("case", STATISTICS[::9] if INTERPRETED else STATISTICS, ids=str)
 def test_statistics(case: Case, backend: str, device: str) -> None:
     """Of every case, held to the oracle's."""
     moved = build(case).to(device)

@@ -39,7 +39,7 @@ JOBS = [
             ("installed", "test_stats.py"),
             ("installed", "test_linear.py"),
             ("installed", "test_vocab_parallel.py"),
-            ("newest", "test_triton_interpreter.py test_reductions.py test_inplace.py"),
+            ("newest", "test_triton_interpreter.py"),
             ("newest", "test_linear.py"),
             ("oldest", "test_triton_interpreter.py"),
         )
