@@ -68,7 +68,7 @@ def concrete(number: Any) -> Any:
     """The Python number itself, where a compiler traces it as a symbol: another number compiles anew.
 
     As an argument of an operator a symbol is baked into the compiled code without a guard, and later calls get the
-    result of an earlier number (torch 2.8 to 2.15; torch.nn.functional.cross_entropy's label_smoothing, too).
+    result of an earlier number (seen with torch 2.13; torch.nn.functional.cross_entropy's label_smoothing, too).
     """
     return guard_scalar(number) if torch.compiler.is_compiling() else number
 
