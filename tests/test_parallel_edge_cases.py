@@ -258,6 +258,29 @@ def hidden_states_that_one_rank_differentiates() -> None:
                 call(False)
 
 
+def compiled_numbers_and_batches() -> None:
+    """A number that changes from call to call is the call's own in compiled code; and `torch.vmap` of a batch."""
+    logits, targets = _tokens()
+    begin, end = _columns()
+
+    def loss_of(logits: Tensor, targets: Tensor, eta: float, **options: Any) -> Any:
+        return vocab_parallel_mixce_loss(
+            logits, targets, eta, group=None, vocab_start=begin, vocab_size=VOCAB_SIZE, **options
+        )
+
+    def scaled(shard: Tensor, number: float) -> Tensor:
+        return loss_of(shard, targets, 1 - number / 10, logit_scale=1 / number, label_smoothing=number / 20) * number
+
+    torch._dynamo.reset()
+    compiled = torch.compile(scaled, fullgraph=True, backend="aot_eager")
+    for number in (1.0, 2.0, 3.0, 4.0, 2.0):
+        torch.testing.assert_close(compiled(logits[:, begin:end], number), scaled(logits[:, begin:end], number))
+    batch = torch.stack([logits, logits.flip(0), -logits])[..., begin:end]
+    expected = torch.stack([loss_of(shard, targets, 0.3) for shard in batch])
+    batched = torch.vmap(lambda shard: loss_of(shard, targets, 0.3))(batch)
+    torch.testing.assert_close(batched, expected, **CLOSE)
+
+
 def gathered_vocabularies() -> None:
     """Whole logits, or the whole weight, on every rank, with the columns of a shard: no part of a larger vocabulary.
 
@@ -310,6 +333,7 @@ CASES: dict[str, Callable[[], None]] = {
     for case in (
         ignore_index_of_any_size, sub_groups, infinities_of_a_whole_shard, any_shape, checkpoints, transformations,
         tensors_in_flight, one_graph, differences, hidden_states_that_one_rank_differentiates, gathered_vocabularies,
+        compiled_numbers_and_batches,
         another_life,
     )
 }  # fmt: skip
