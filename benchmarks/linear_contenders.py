@@ -21,8 +21,8 @@ from linear_check import LinearErrors, LinearInputs
 from torch import Tensor
 
 from mixce_kernels import backends, fused_linear_mixce_loss, fused_mixce_loss
-from mixce_kernels.linear_chunks import DEFAULT_CHUNK_BYTES, rows_per_chunk
-from mixce_kernels.matmul import padded_empty, products
+from mixce_kernels.linear.chunks import DEFAULT_CHUNK_BYTES, rows_per_chunk
+from mixce_kernels.linear.matmul import padded_empty, products
 from mixce_kernels.options import accumulate_dtype
 
 LINEAR_MODES = ("forward", "both")

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from kernel_model import CHIPS, ISSUE_SLOTS, REACHABLE, WARP_SIZE, Chip
 
-from mixce_kernels.linear_chunks import DEFAULT_CHUNK_BYTES, rows_per_chunk
-from mixce_kernels.triton_kernels.linear_launch import Tiles, forward_config, grad_config
+from mixce_kernels.linear.chunks import DEFAULT_CHUNK_BYTES, rows_per_chunk
+from mixce_kernels.linear.tiles_launch import Tiles, forward_config, grad_config
 
 RESULT = Path(__file__).parent / "results" / "linear_model.md"
 # Operations a second of dense bfloat16 products with sums in float32, from data sheets.

@@ -31,8 +31,8 @@ from torch.utils._pytree import tree_leaves
 
 from mixce_kernels import vocab_parallel_mixce_loss
 from mixce_kernels.backends.results import empty_results
-from mixce_kernels.backends.shards import Shard, ShardBackend
 from mixce_kernels.options import TokenOptions
+from mixce_kernels.parallel.backend import Shard, ShardBackend
 
 OURS, LOSS_PARALLEL, THREE_ALL_REDUCES = "vocab_parallel_mixce_loss", "loss_parallel", "three-all-reduces"
 STEPS = ("forward", "backward")

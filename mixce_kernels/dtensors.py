@@ -17,9 +17,8 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from mixce_kernels import backends
 from mixce_kernels.autocast import autocast_dtype
-from mixce_kernels.collectives import sum_over, total
 from mixce_kernels.functional import fused_mixce_loss
-from mixce_kernels.linear import fused_linear_mixce_loss
+from mixce_kernels.linear.loss import fused_linear_mixce_loss
 from mixce_kernels.options import (
     check_eta,
     check_linear_tensors,
@@ -28,8 +27,9 @@ from mixce_kernels.options import (
     check_tensors,
     check_values,
 )
+from mixce_kernels.parallel.collectives import sum_over, total
+from mixce_kernels.parallel.loss import vocab_parallel_mixce_loss
 from mixce_kernels.stats import MixCEStats
-from mixce_kernels.vocab_parallel import vocab_parallel_mixce_loss
 
 
 def mixce_loss(logits: Tensor, targets: Tensor, eta: float | Tensor, **options: Any) -> Any:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from mixce_kernels import autograd, backends
-from mixce_kernels.backends.rows import check_overwritable, materialized, overlaps_itself, rows_of
+from mixce_kernels import backends
+from mixce_kernels.backends.layout import check_overwritable, layout_of, materialized, overlaps_itself
+from mixce_kernels.logits import autograd
 from mixce_kernels.options import (
     TokenOptions,
     accumulate_dtype,
@@ -147,7 +148,7 @@ def fused_loss(
     """The loss by a backend's kernels, of arguments that were checked before."""
     if not torch.compiler.is_compiling():
         logits = materialized(logits)
-    if logits.shape[-1] > 0 and rows_of(logits) is None:
+    if logits.shape[-1] > 0 and layout_of(logits) is None:
         logits = logits.contiguous()
     eta_tensor, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
     wants_grad = logits.requires_grad and torch.is_grad_enabled()

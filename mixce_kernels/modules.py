@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixce_kernels.functional import fused_mixce_loss
-from mixce_kernels.linear import fused_linear_mixce_loss
+from mixce_kernels.linear.loss import fused_linear_mixce_loss
 from mixce_kernels.options import (
     check_eta_number,
     check_linear_options,

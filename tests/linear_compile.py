@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 from triton.compiler import CompiledKernel
 from triton_compile import ITEMSIZES, TARGETS, compiled, facts_of, spread, write
 
+from mixce_kernels.linear.tiles_launch import forward_config, grad_config
 from mixce_kernels.triton_kernels import linear_forward, linear_gradient
-from mixce_kernels.triton_kernels.linear_launch import forward_config, grad_config
 
 # Of each kernel with options.
 OPTIONS = {

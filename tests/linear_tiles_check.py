@@ -14,8 +14,8 @@ from oracle import Options
 from torch import Tensor
 
 from mixce_kernels import fused_linear_mixce_loss
-from mixce_kernels.backends import triton_linear
-from mixce_kernels.triton_kernels import linear_launch
+from mixce_kernels.linear import tiles as linear_tiles
+from mixce_kernels.linear import tiles_launch
 
 EVERY = Options(label_smoothing=0.1, z_loss=1e-3, softcap=6.0, logit_scale=0.7)
 PER_TOKEN = {"reduction": "none", "upstream": "per_token", "eta": "per_token"}
@@ -62,7 +62,7 @@ def check_case(case: LinearCase, extra_ulps: int = 0) -> list[Tensor]:
 @contextlib.contextmanager
 def small_launches() -> Iterator[None]:
     """Splits of several tiles, several spans, and partial gradients, for a small vocabulary."""
-    with mock.patch.multiple(linear_launch, _WAVES=0, _SPLIT_TILES=2, _SCRATCH_BYTES=0, _MIN_SPAN=256):
+    with mock.patch.multiple(tiles_launch, _WAVES=0, _SPLIT_TILES=2, _SCRATCH_BYTES=0, _MIN_SPAN=256):
         yield
 
 
@@ -72,15 +72,15 @@ def check_tiny_upstream(upstream: float, values: str = "random", eta: str = "0.3
     inputs = build_linear(case)
     tokens = inputs.tokens
     keywords = {name: value for name, value in inputs.keywords.items() if name not in ("reduction", "max_chunk_bytes")}
-    options = triton_linear.TokenOptions(**{name: keywords[name] for name in triton_linear.TokenOptions._fields})
+    options = linear_tiles.TokenOptions(**{name: keywords[name] for name in linear_tiles.TokenOptions._fields})
     hidden, weight, n_rows = inputs.hidden.detach(), inputs.weight.detach(), len(tokens.targets)
     loss, state = torch.empty(n_rows), torch.empty(5, n_rows)
     nothing = torch.empty(0), torch.empty(0, dtype=torch.bool)
-    triton_linear.forward(
+    linear_tiles.forward(
         hidden, weight, None, tokens.targets, None, float(tokens.eta), options, (loss, state, *nothing)
     )
     grads = [torch.empty(hidden.shape), torch.empty(weight.shape)]
-    triton_linear.grad(
+    linear_tiles.grad(
         hidden, weight, None, tokens.targets, state, torch.full((n_rows,), upstream), options, *grads, None
     )
     expected, expected_grads = inputs.oracle()

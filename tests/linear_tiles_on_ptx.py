@@ -18,9 +18,9 @@ from linear_tiles_check import EVERY, PER_TOKEN, check_case, check_tiny_upstream
 from oracle import Options
 
 from mixce_kernels import fused_linear_mixce_loss
-from mixce_kernels.backends import triton_linear
-from mixce_kernels.backends.triton_linear import _EMULATED_MULTIPROCESSORS
-from mixce_kernels.triton_kernels.linear_launch import forward_config, grad_config
+from mixce_kernels.linear import tiles as linear_tiles
+from mixce_kernels.linear.tiles import _EMULATED_MULTIPROCESSORS
+from mixce_kernels.linear.tiles_launch import forward_config, grad_config
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import linear_model
@@ -41,7 +41,7 @@ def check_results() -> list[torch.Tensor]:
     found = [result for case in CASES for result in check_case(case)]
     check_tiny_upstream(1e-6)
     # A check that cannot fail would prove nothing: float16 without its scale.
-    with mock.patch.object(triton_linear, "_scale", return_value=torch.ones(1)), contextlib.suppress(AssertionError):
+    with mock.patch.object(linear_tiles, "_scale", return_value=torch.ones(1)), contextlib.suppress(AssertionError):
         check_tiny_upstream(1e-6)
         raise RuntimeError("a planted fault was not found")
 

@@ -14,8 +14,8 @@ from oracle import np
 from torch import Tensor
 
 from mixce_kernels import MixCEStats, fused_linear_mixce_loss, linear_mixce_loss_reference
-from mixce_kernels.linear_chunks import DEFAULT_CHUNK_BYTES, rows_per_chunk
-from mixce_kernels.matmul import TiledProducts
+from mixce_kernels.linear.chunks import DEFAULT_CHUNK_BYTES, rows_per_chunk
+from mixce_kernels.linear.matmul import TiledProducts
 
 # An interpreted kernel costs by the operation, and `test_loss` has tried the rows' own: every eighth that is not large.
 CASES = [case for case in LINEAR if math.prod(case.plain.shape) <= 10_000][::8] if INTERPRETED else LINEAR

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixce_kernels import fused_linear_mixce_loss, linear_mixce_loss_reference
-from mixce_kernels.matmul import TiledProducts
+from mixce_kernels.linear.matmul import TiledProducts
 
 REDUCTIONS = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 # Two rows a chunk of 50 logits.

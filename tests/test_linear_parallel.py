@@ -24,7 +24,7 @@ from shards import PADDING, SPLITS, column_range, everyone
 from torch import Tensor
 
 from mixce_kernels import MixCEStats, fused_linear_mixce_loss, linear_mixce_loss_reference
-from mixce_kernels.matmul import TiledProducts
+from mixce_kernels.linear.matmul import TiledProducts
 
 pytestmark = pytest.mark.slow
 

@@ -21,8 +21,8 @@ from linear_tiles_check import EVERY, TILES, check_case, check_tiny_upstream, ru
 from oracle import Options
 
 from mixce_kernels import MixCEStats, fused_linear_mixce_loss, linear_mixce_loss_reference
-from mixce_kernels.backends import triton_linear
-from mixce_kernels.triton_kernels.linear_launch import forward_config, grad_config
+from mixce_kernels.linear import tiles as linear_tiles
+from mixce_kernels.linear.tiles_launch import forward_config, grad_config
 
 pytest.importorskip("triton")
 
@@ -142,7 +142,7 @@ def test_only_what_is_wanted_is_computed() -> None:
     inputs = build_linear(_case("wanted", 24, shape=(20, 300), dtype=FLOAT16, bias="random", reduction="none"))
     _, together = run(inputs)
     launched = []
-    kernels = triton_linear._kernels("linear_gradient")
+    kernels = linear_tiles._kernels("linear_gradient")
     for index, kernel in enumerate(("linear_grad_hidden_kernel", "linear_grad_weight_kernel", None)):
         leaves = [leaf.detach().requires_grad_(i == index) for i, leaf in enumerate(inputs.leaves)]
         others = {"linear_grad_hidden_kernel", "linear_grad_weight_kernel"} - {kernel}
@@ -166,7 +166,7 @@ def test_same_bits_on_every_run() -> None:
 @pytest.mark.parametrize("fault", ["ignored rows count", "no scale of float16", "another slope", "a split is lost"])
 def test_planted_faults_are_found(fault: str) -> None:
     """What the checks above are worth."""
-    valid_first, config = triton_linear._valid_first, triton_linear.forward_config
+    valid_first, config = linear_tiles._valid_first, linear_tiles.forward_config
     faults = {
         "ignored rows count": ("_valid_first", lambda targets, _: valid_first(targets, 2**40)),
         "no scale of float16": ("_scale", lambda *_: torch.ones(1)),
@@ -177,16 +177,16 @@ def test_planted_faults_are_found(fault: str) -> None:
     case = _case("splits_faulty", 48, shape=(70, 700), dtype=FLOAT16, reduction="none", upstream="per_token")
     check_case(case)
     check = check_tiny_upstream if name == "_scale" else check_case
-    with mock.patch.object(triton_linear, name, planted), pytest.raises(AssertionError):
+    with mock.patch.object(linear_tiles, name, planted), pytest.raises(AssertionError):
         check(1e-6 if name == "_scale" else case)
 
 
 def test_a_tensor_elsewhere_is_refused() -> None:
-    reason = triton_linear.unavailable(torch.empty(2, 3, device="meta"), torch.empty(5, 3, device="meta"))
+    reason = linear_tiles.unavailable(torch.empty(2, 3, device="meta"), torch.empty(5, 3, device="meta"))
     assert reason is not None
     assert "meta" in reason
     with mock.patch.dict(os.environ, {"TRITON_INTERPRET": "0", "MIXCE_CPU_TENSORS": "0"}):
-        reason = triton_linear.unavailable(torch.empty(2, 3), torch.empty(5, 3))
+        reason = linear_tiles.unavailable(torch.empty(2, 3), torch.empty(5, 3))
     assert reason is not None
     assert "on cpu" in reason
 

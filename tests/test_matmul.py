@@ -10,7 +10,8 @@ from conftest import EMULATED
 from linear_cases import LINEAR, LinearCase, build_linear, check_linear
 from torch import Tensor
 
-from mixce_kernels import fused_linear_mixce_loss, linear_chunks, matmul
+from mixce_kernels import fused_linear_mixce_loss
+from mixce_kernels.linear import chunks, matmul
 
 pytestmark = pytest.mark.skipif(EMULATED is not None, reason="no backend is tried here")
 HALF = [
@@ -40,7 +41,7 @@ def tensor_cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.ops.aten.mm, "dtype_out", mm)
     monkeypatch.setattr(torch.ops.aten.addmm, "dtype_out", addmm)
     monkeypatch.setattr(matmul, "_adds_to_float32", lambda dtype: request.param)
-    monkeypatch.setattr(linear_chunks, "products", lambda *args: matmul.MixedProducts(*args[:3]))
+    monkeypatch.setattr(chunks, "products", lambda *args: matmul.MixedProducts(*args[:3]))
 
 
 @pytest.mark.parametrize("case", HALF, ids=str)

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from mixce_kernels.triton_kernels.launch import MAX_CTAS, VECTOR_BYTES, row_config, tile_config
+from mixce_kernels.backends.triton_launch import MAX_CTAS, VECTOR_BYTES, row_config, tile_config
 
 VOCAB_SIZES = (1, 7, 32, 1000, 4096, 4097, 16384, 16385, 32000, 50257, 128256, 256000, 1_000_000)
 

@@ -23,8 +23,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
+from mixce_kernels.backends.triton_launch import RowConfig, row_config, tile_config
 from mixce_kernels.triton_kernels import forward, gradient
-from mixce_kernels.triton_kernels.launch import RowConfig, row_config, tile_config
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)

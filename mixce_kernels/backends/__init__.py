@@ -8,8 +8,8 @@ from typing import Protocol
 from torch import Tensor
 
 from mixce_kernels.backends import cpu, cuda, triton
-from mixce_kernels.backends.shards import Shard, ShardBackend
 from mixce_kernels.options import TokenOptions
+from mixce_kernels.parallel.backend import Shard, ShardBackend
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 

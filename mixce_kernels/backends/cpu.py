@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.backends import native
-from mixce_kernels.backends.rows import flat
+from mixce_kernels.backends.layout import flat
 from mixce_kernels.options import TokenOptions, accumulate_dtype, raise_bad_target
 
 if native.MISSING is None:

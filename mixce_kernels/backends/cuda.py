@@ -18,7 +18,7 @@ from mixce_kernels.backends.cuda_launch import (
     grad_in_forward_launch,
     rows_launch,
 )
-from mixce_kernels.backends.rows import aligned_alike, flat, reachable_rows
+from mixce_kernels.backends.layout import aligned_alike, flat, reachable_layout
 from mixce_kernels.options import TokenOptions, accumulate_dtype
 
 if native.HAS_CUDA:
@@ -61,7 +61,7 @@ def forward(
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `backends.Backend`."""
-    layout, device = reachable_rows(logits), _device(_index(logits))
+    layout, device = reachable_layout(logits), _device(_index(logits))
     dtype = native.DTYPES[logits.dtype]
     state_bytes = _C.cuda_state_bytes(dtype)
     row_bytes = logits.shape[-1] * logits.element_size()
@@ -69,7 +69,7 @@ def forward(
         launch = rows_launch(layout.number, row_bytes, device)
     else:
         launch = grad_in_forward_launch(layout.number, row_bytes, state_bytes, device)
-        if not aligned_alike(logits, layout, grad_logits, reachable_rows(grad_logits), VECTOR_BYTES):
+        if not aligned_alike(logits, layout, grad_logits, reachable_layout(grad_logits), VECTOR_BYTES):
             launch = RowLaunch(1)
         if not launch.held_bytes and layout.number < device.multiprocessors:
             # Rows to be read twice, and too few to keep the device busy: two kernels that split them into more parts.
@@ -143,7 +143,7 @@ def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
 
 def _split_launch(logits: Tensor) -> _C.CudaLaunch:
     row_bytes = logits.shape[-1] * logits.element_size()
-    launch = rows_launch(reachable_rows(logits).number, row_bytes, _device(_index(logits)))
+    launch = rows_launch(reachable_layout(logits).number, row_bytes, _device(_index(logits)))
     return _launch(logits, launch, _C.cuda_state_bytes(native.DTYPES[logits.dtype]))
 
 

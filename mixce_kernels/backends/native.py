@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixce_kernels.backends.rows import flat, reachable_rows
+from mixce_kernels.backends.layout import flat, reachable_layout
 from mixce_kernels.options import TokenOptions, accumulate_dtype
 
 # After torch, which brings the OpenMP runtime that the extension shares.
@@ -32,8 +32,8 @@ def row_params(
     stream: bool = False,
 ) -> _C.RowParams:
     """The rows of a call; see csrc/params.h."""
-    rows = reachable_rows(logits)
-    grad_rows = rows if grad_logits is None or grad_logits is logits else reachable_rows(grad_logits)
+    rows = reachable_layout(logits)
+    grad_rows = rows if grad_logits is None or grad_logits is logits else reachable_layout(grad_logits)
     logits_layout = _C.RowLayout(rows.inner, rows.outer_stride, rows.inner_stride)
     grad_layout = (
         logits_layout

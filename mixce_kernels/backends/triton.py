@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixce_kernels.backends.rows import Rows, aligned_alike, flat, reachable_rows
+from mixce_kernels.backends.layout import RowLayout, aligned_alike, flat, reachable_layout
+from mixce_kernels.backends.triton_launch import VECTOR_BYTES, row_config, tile_config
 from mixce_kernels.options import TokenOptions
-from mixce_kernels.triton_kernels.launch import VECTOR_BYTES, row_config, tile_config
 
 _WARP_SIZE = 64 if torch.version.hip else 32
 # Columns are counted in 31 bits, a block of them past a row's end included.
@@ -45,7 +45,7 @@ def forward(
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `backends.Backend`."""
     loss, state, stats, correct = results
-    rows = reachable_rows(logits)
+    rows = reachable_layout(logits)
     if rows.number == 0:
         return
     has_grad = grad_logits is not None and grad_loss is not None
@@ -115,7 +115,7 @@ def logits_grad(
     grad_logits: Tensor,  # [..., V]
 ) -> None:
     """The gradient from the state of the forward: see `backends.Backend`."""
-    rows = reachable_rows(logits)
+    rows = reachable_layout(logits)
     if rows.number == 0:
         return
     out, grad_rows, same_window = _grad_layout(logits, rows, grad_logits)
@@ -157,7 +157,7 @@ def logits_grad(
 
 def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
     """Scales the rows of a gradient in place: see `backends.Backend`."""
-    rows = reachable_rows(grad_logits)
+    rows = reachable_layout(grad_logits)
     if rows.number == 0:
         return
     upstream, upstream_stride = flat(grad_loss)
@@ -220,11 +220,11 @@ def _device_of(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def _grad_layout(logits: Tensor, rows: Rows, grad_logits: Tensor | None) -> tuple[Tensor, Rows, bool]:
+def _grad_layout(logits: Tensor, rows: RowLayout, grad_logits: Tensor | None) -> tuple[Tensor, RowLayout, bool]:
     """The gradient, its rows, and whether each of them lies as its row of logits does to a 16-byte boundary."""
     if grad_logits is None or grad_logits is logits:
         return logits, rows, True
-    grad_rows = reachable_rows(grad_logits)
+    grad_rows = reachable_layout(grad_logits)
     return grad_logits, grad_rows, aligned_alike(logits, rows, grad_logits, grad_rows, VECTOR_BYTES)
 
 

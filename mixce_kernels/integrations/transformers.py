@@ -20,7 +20,7 @@ from mixce_kernels.integrations.causal_lm import CausalLMHead, next_token_target
 from mixce_kernels.integrations.metrics import TokenMetrics
 from mixce_kernels.integrations.output_embeddings import is_own_forward, output_embeddings, weight_and_bias
 from mixce_kernels.integrations.versions import require
-from mixce_kernels.linear import fused_linear_mixce_loss
+from mixce_kernels.linear.loss import fused_linear_mixce_loss
 from mixce_kernels.modules import LinearMixCELoss, MixCELoss
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.lanes import add_body, add_rest, empty_lanes, exchange, merge_lanes
-from mixce_kernels.triton_kernels.math import as_real, capped, token_terms
-from mixce_kernels.triton_kernels.rows import (
+from mixce_kernels.triton_kernels.jit import bound, kernel
+from mixce_kernels.triton_kernels.mixce_math import as_real, capped, token_terms
+from mixce_kernels.triton_kernels.row_grad import (
     converted_anew,
     fill_zeros,
     grad_of,
@@ -19,7 +19,7 @@ from mixce_kernels.triton_kernels.rows import (
     row_grad,
     tile_index,
 )
-from mixce_kernels.triton_kernels.runtime import bound, kernel
+from mixce_kernels.triton_kernels.row_stats import add_body, add_rest, empty_lanes, exchange, merge_lanes
 
 
 @triton.jit

@@ -5,9 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.math import as_real
-from mixce_kernels.triton_kernels.rows import fill_zeros, grad_terms, head_of, rest_of, row_begin, row_grad, tile_index
-from mixce_kernels.triton_kernels.runtime import bound, kernel
+from mixce_kernels.triton_kernels.jit import bound, kernel
+from mixce_kernels.triton_kernels.mixce_math import as_real
+from mixce_kernels.triton_kernels.row_grad import (
+    fill_zeros,
+    grad_terms,
+    head_of,
+    rest_of,
+    row_begin,
+    row_grad,
+    tile_index,
+)
 
 
 @triton.jit

@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.lanes import finite, moved_lanes, sum_of_lanes
+from mixce_kernels.triton_kernels.jit import bound, kernel
 from mixce_kernels.triton_kernels.linear_tiles import logits_tile, rows_at
-from mixce_kernels.triton_kernels.math import as_real, capped, token_terms
-from mixce_kernels.triton_kernels.runtime import bound, kernel
+from mixce_kernels.triton_kernels.mixce_math import as_real, capped, token_terms
+from mixce_kernels.triton_kernels.row_stats import finite, moved_lanes, sum_of_lanes
 
 # What a split leaves of a row: m, sum_exp, x_target; where SMOOTH sum_shifted; where STATS sum_exp_shifted, the largest
 # logit, and whether the target is the first such.
@@ -17,7 +17,7 @@ PARTIALS = tl.constexpr(7)
 
 @triton.jit
 def lanes_of_tile(z, in_columns, count, m, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
-    """The statistics of `count` columns of a tile [BLOCK_N, BLOCK_V], as in `lanes.py` with a row for a lane.
+    """The statistics of `count` columns of a tile [BLOCK_N, BLOCK_V], as in `row_stats.py` with a row for a lane.
 
     z is -inf outside of in_columns [1, BLOCK_V].
     """

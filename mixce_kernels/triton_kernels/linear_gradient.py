@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mixce_kernels.triton_kernels.jit import bound, kernel
 from mixce_kernels.triton_kernels.linear_tiles import (
     columns_at,
     grad_of_tile,
@@ -19,8 +20,7 @@ from mixce_kernels.triton_kernels.linear_tiles import (
     rows_at,
     terms_at,
 )
-from mixce_kernels.triton_kernels.math import as_real
-from mixce_kernels.triton_kernels.runtime import bound, kernel
+from mixce_kernels.triton_kernels.mixce_math import as_real
 
 
 @triton.jit

@@ -10,9 +10,9 @@ VECTOR is the number of elements of which every row's address and the depth are 
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.math import capped
-from mixce_kernels.triton_kernels.rows import grad_terms
-from mixce_kernels.triton_kernels.runtime import INTERPRETED, bound
+from mixce_kernels.triton_kernels.jit import INTERPRETED, bound
+from mixce_kernels.triton_kernels.mixce_math import capped
+from mixce_kernels.triton_kernels.row_grad import grad_terms
 
 
 @triton.jit

@@ -8,11 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixce_kernels import backends, linear_autograd
+from mixce_kernels import backends
 from mixce_kernels.autocast import autocast_dtype
-from mixce_kernels.backends import triton_linear
-from mixce_kernels.backends.shards import Shard
-from mixce_kernels.collectives import copy_to, group_name
+from mixce_kernels.linear import autograd, tiles
 from mixce_kernels.options import (
     accumulate_dtype,
     check_eta,
@@ -25,9 +23,11 @@ from mixce_kernels.options import (
     check_values,
     has_dtensor,
 )
+from mixce_kernels.parallel.backend import Shard
+from mixce_kernels.parallel.collectives import copy_to, group_name
+from mixce_kernels.parallel.reference import sharded_token_losses
 from mixce_kernels.reduction import Reduction
 from mixce_kernels.reference import linear_logits, linear_mixce_loss_reference
-from mixce_kernels.sharded_reference import sharded_token_losses
 from mixce_kernels.stats import MixCEStats
 
 
@@ -181,9 +181,9 @@ def fused_linear_mixce_loss(
     wanted = [one is not None and one.requires_grad and torch.is_grad_enabled() for one in (hidden, weight, bias)]
     if path == "chunks" and reduction != "none" and any(wanted):
         scale = reduced.token_scale(targets).reshape(-1)
-        loss, _, stats, correct, *_ = linear_autograd.linear_forward_with_grad(*inputs, scale, wanted)
+        loss, _, stats, correct, *_ = autograd.linear_forward_with_grad(*inputs, scale, wanted)
     else:
-        loss, _, stats, correct = linear_autograd.linear_forward(*inputs)
+        loss, _, stats, correct = autograd.linear_forward(*inputs)
         loss = reduced.apply(loss.reshape(targets.shape))
     loss = loss.to(accumulate_dtype(compute_dtype))
     if not return_stats:
@@ -194,7 +194,7 @@ def fused_linear_mixce_loss(
 def _resolve(backend: str | None, path: str, hidden: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> str:
     """The backend that serves; raises RuntimeError where that of path "tiles" or a named one cannot."""
     if path == "tiles":
-        reason = triton_linear.unavailable(hidden, weight)
+        reason = tiles.unavailable(hidden, weight)
         if reason is not None:
             raise RuntimeError(f"path 'tiles' cannot serve this call: {reason}")
         return "triton"

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixce_kernels.collectives import all_gather
 from mixce_kernels.options import LOGITS_DTYPES, REDUCTIONS
+from mixce_kernels.parallel.collectives import all_gather
 
 
 class Columns(NamedTuple):

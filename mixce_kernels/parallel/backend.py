@@ -18,10 +18,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixce_kernels import agreement
-from mixce_kernels.agreement import Columns, Signature
-from mixce_kernels.backends.shard_rows import Rows, local_targets, merged, narrowed, numbers_per_token, write_part
-from mixce_kernels.collectives import all_gather, group_of
 from mixce_kernels.options import (
     LOGITS_DTYPES,
     REDUCTIONS,
@@ -30,6 +26,10 @@ from mixce_kernels.options import (
     concrete,
     raise_bad_target,
 )
+from mixce_kernels.parallel import agreement
+from mixce_kernels.parallel.agreement import Columns, Signature
+from mixce_kernels.parallel.collectives import all_gather, group_of
+from mixce_kernels.parallel.merge import MergedStats, local_targets, merged, narrowed, numbers_per_token, write_part
 from mixce_kernels.token_terms import TokenTerms, token_terms
 
 if TYPE_CHECKING:
@@ -240,7 +240,7 @@ class ShardBackend:
             self.backend.scale_rows_(narrowed(grad_logits, columns.number), grad_loss)
 
 
-def _write(results: tuple[Tensor, ...], terms: TokenTerms, rows: Rows, ignored: Tensor) -> None:
+def _write(results: tuple[Tensor, ...], terms: TokenTerms, rows: MergedStats, ignored: Tensor) -> None:
     """The results of the tokens, 0 where ignored."""
     loss, state, stats, correct = results
     numbers = torch.stack((terms.loss, rows.m, rows.s, terms.a, terms.c, terms.t))

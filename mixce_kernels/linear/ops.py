@@ -19,15 +19,14 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mixce_kernels import linear_chunks
-from mixce_kernels.agreement import Signature
 from mixce_kernels.autocast import without_autocast
-from mixce_kernels.backends import triton_linear
 from mixce_kernels.backends.results import empty_results
-from mixce_kernels.backends.shards import Shard
-from mixce_kernels.linear_chunks import Call, Grads
-from mixce_kernels.ops import ETA, OPTIONS, RESULTS, library
+from mixce_kernels.linear import chunks, tiles
+from mixce_kernels.linear.chunks import Call, Grads
+from mixce_kernels.logits.ops import ETA, OPTIONS, RESULTS, library
 from mixce_kernels.options import TokenOptions, accumulate_dtype, check_targets_in_range
+from mixce_kernels.parallel.agreement import Signature
+from mixce_kernels.parallel.backend import Shard
 
 _INPUTS = f"Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, {ETA}, {OPTIONS}"
 # How it is computed: the type of the products' operands, the chunks' memory, whether ignored rows are left out.
@@ -127,10 +126,10 @@ def linear_forward(*args: Any) -> tuple[Tensor, ...]:
     results = inputs.empty_results(with_stats)
     with without_autocast(inputs.hidden):
         if inputs.path == "tiles":
-            triton_linear.forward(*inputs.operands(), inputs.eta, inputs.eta_value, inputs.options, results)
+            tiles.forward(*inputs.operands(), inputs.eta, inputs.eta_value, inputs.options, results)
         else:
             call = inputs.forward_call(with_stats)
-            linear_chunks.forward(call, inputs.eta, inputs.eta_value, results, None, (None, None, None))
+            chunks.forward(call, inputs.eta, inputs.eta_value, results, None, (None, None, None))
     return results
 
 
@@ -139,9 +138,9 @@ def linear_grad(*args: Any) -> tuple[Tensor, ...]:
     grads = inputs.empty_grads(wanted)
     with without_autocast(inputs.hidden):
         if inputs.path == "tiles":
-            triton_linear.grad(*inputs.operands(), state, grad_loss, inputs.options, *_wanted(grads, wanted))
+            tiles.grad(*inputs.operands(), state, grad_loss, inputs.options, *_wanted(grads, wanted))
         else:
-            linear_chunks.grad(inputs.backward_call(), state, grad_loss, _wanted(grads, wanted))
+            chunks.grad(inputs.backward_call(), state, grad_loss, _wanted(grads, wanted))
             inputs.sum_hidden_grad(grads[0])
     return tuple(grads)
 
@@ -152,7 +151,7 @@ def linear_forward_with_grad(*args: Any) -> tuple[Tensor, ...]:
     results = inputs.empty_results(with_stats)
     grads = inputs.empty_grads(wanted)
     with without_autocast(inputs.hidden):
-        linear_chunks.forward(call, inputs.eta, inputs.eta_value, results, token_scale, _wanted(grads, wanted))
+        chunks.forward(call, inputs.eta, inputs.eta_value, results, token_scale, _wanted(grads, wanted))
         inputs.sum_hidden_grad(grads[0])
     loss, *others = results
     return _weighted_sum(loss, token_scale), *others, *grads

@@ -14,7 +14,7 @@ Each thread is a lane with statistics of its own, which are merged at the row's 
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.math import capped
+from mixce_kernels.triton_kernels.mixce_math import capped
 
 
 @triton.jit

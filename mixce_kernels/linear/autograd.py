@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixce_kernels import backends, linear_ops
+from mixce_kernels import backends
 from mixce_kernels.autocast import without_autocast
-from mixce_kernels.autograd import Differentiable, is_plain, looped
-from mixce_kernels.collectives import copy_to
-from mixce_kernels.linear_ops import N_SHARED, Inputs
+from mixce_kernels.linear import ops
+from mixce_kernels.linear.ops import N_SHARED, Inputs
+from mixce_kernels.logits.autograd import Differentiable, is_plain, looped
+from mixce_kernels.parallel.collectives import copy_to
+from mixce_kernels.parallel.reference import token_losses_of
 from mixce_kernels.reference import linear_logits
-from mixce_kernels.sharded_reference import token_losses_of
 
 # Hidden states, weight and bias come first among the arguments, and nothing else is differentiated.
 _N_DIFFERENTIATED = 3
@@ -125,7 +126,5 @@ def _all_grads(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...
     return *grads, *(None,) * (ctx.n_inputs - _N_DIFFERENTIATED)
 
 
-linear_forward = Differentiable(linear_ops.linear_forward, _forward_context, _forward_backward, looped)
-linear_forward_with_grad = Differentiable(
-    linear_ops.linear_forward_with_grad, _with_grad_context, _with_grad_backward, looped
-)
+linear_forward = Differentiable(ops.linear_forward, _forward_context, _forward_backward, looped)
+linear_forward_with_grad = Differentiable(ops.linear_forward_with_grad, _with_grad_context, _with_grad_backward, looped)

@@ -15,8 +15,8 @@ Values that travel together are tuples:
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.math import capped
-from mixce_kernels.triton_kernels.runtime import bound
+from mixce_kernels.triton_kernels.jit import bound
+from mixce_kernels.triton_kernels.mixce_math import capped
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mixce_kernels import backends
 from mixce_kernels.backends.results import empty_results
-from mixce_kernels.matmul import Products, padded_empty, products
+from mixce_kernels.linear.matmul import Products, padded_empty, products
 from mixce_kernels.options import TokenOptions, accumulate_dtype
 
 # Where the caller names no budget. A CPU's products need about a hundred rows to be fast; a GPU's a thousand, at which

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixce_kernels.backends.rows import flat
+from mixce_kernels.backends.layout import flat
 from mixce_kernels.backends.triton import _MAX_VOCAB_SIZE, _arch, _device_of, _import_problem, _transform
+from mixce_kernels.backends.triton_launch import VECTOR_BYTES
+from mixce_kernels.linear.tiles_launch import Tiles, forward_config, grad_config
 from mixce_kernels.options import TokenOptions
-from mixce_kernels.triton_kernels.launch import VECTOR_BYTES
-from mixce_kernels.triton_kernels.linear_launch import Tiles, forward_config, grad_config
 
 # Stands for a CPU's, in emulations: few, so that small tests have several tiles for a program.
 _EMULATED_MULTIPROCESSORS = 3

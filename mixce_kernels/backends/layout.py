@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class Rows(NamedTuple):
+class RowLayout(NamedTuple):
     """Where the rows lie; strides in elements."""
 
     number: int
@@ -17,18 +17,18 @@ class Rows(NamedTuple):
     inner_stride: int
 
 
-def rows_of(tensor: Tensor) -> Rows | None:
+def layout_of(tensor: Tensor) -> RowLayout | None:
     """The rows of a tensor [..., V], or None where the last stride is not 1 or two strides cannot reach every row."""
     if tensor.is_contiguous():
         count = tensor.numel() // tensor.shape[-1]
-        return Rows(count, max(count, 1), 0, tensor.shape[-1])
+        return RowLayout(count, max(count, 1), 0, tensor.shape[-1])
     *sizes, vocab_size = tensor.shape
     *strides, last_stride = tensor.stride()
     if last_stride != 1 and vocab_size != 1:
         return None
     count = tensor.numel() // vocab_size
     if count == 0:
-        return Rows(0, 1, 0, 0)
+        return RowLayout(0, 1, 0, 0)
     merged: list[tuple[int, int]] = []  # from the innermost outwards: size, stride
     for size, stride in zip(reversed(sizes), reversed(strides), strict=True):
         if size == 1:
@@ -41,12 +41,12 @@ def rows_of(tensor: Tensor) -> Rows | None:
     if len(merged) > 2:
         return None
     (inner, inner_stride), (_, outer_stride) = merged
-    return Rows(count, inner, outer_stride, inner_stride)
+    return RowLayout(count, inner, outer_stride, inner_stride)
 
 
-def reachable_rows(tensor: Tensor) -> Rows:
+def reachable_layout(tensor: Tensor) -> RowLayout:
     """The rows of a tensor [..., V] that two strides reach, as those that come to a backend are."""
-    rows = rows_of(tensor)
+    rows = layout_of(tensor)
     assert rows is not None, "rows must be reachable by two strides"
     return rows
 
@@ -91,7 +91,7 @@ def flat(tensor: Tensor) -> tuple[Tensor, int]:
     return tensor, tensor.stride(0) if tensor.numel() > 1 else 1
 
 
-def aligned_alike(a: Tensor, rows_a: Rows, b: Tensor, rows_b: Rows, boundary: int) -> bool:
+def aligned_alike(a: Tensor, rows_a: RowLayout, b: Tensor, rows_b: RowLayout, boundary: int) -> bool:
     """Whether row i of `a` [..., V] lies as row i of `b` does to the boundary, in bytes, for every i."""
     if a is b:
         return True

@@ -6,11 +6,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixce_kernels import backends
-from mixce_kernels.autograd import is_transformed
-from mixce_kernels.backends.rows import check_overwritable
-from mixce_kernels.backends.shards import Shard
-from mixce_kernels.collectives import group_name
+from mixce_kernels.backends.layout import check_overwritable
 from mixce_kernels.functional import fused_loss
+from mixce_kernels.logits.autograd import is_transformed
 from mixce_kernels.options import (
     accumulate_dtype,
     check_eta,
@@ -19,8 +17,10 @@ from mixce_kernels.options import (
     check_shard_tensors,
     check_token_options,
 )
+from mixce_kernels.parallel.backend import Shard
+from mixce_kernels.parallel.collectives import group_name
+from mixce_kernels.parallel.reference import sharded_token_losses
 from mixce_kernels.reduction import Reduction
-from mixce_kernels.sharded_reference import sharded_token_losses
 from mixce_kernels.stats import MixCEStats
 
 

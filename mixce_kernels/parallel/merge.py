@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from mixce_kernels.agreement import Columns
 from mixce_kernels.backends.results import empty_results
 from mixce_kernels.options import TokenOptions
+from mixce_kernels.parallel.agreement import Columns
 
 if TYPE_CHECKING:
     from mixce_kernels.backends import Backend
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _IGNORED = -100
 
 
-class Rows(NamedTuple):
+class MergedStats(NamedTuple):
     """What the ranks' numbers make together, each [...] float64."""
 
     m: Tensor  # as the kernels have it: of capped logits, or of logits before their scale
@@ -83,7 +83,7 @@ def write_part(
         part[-1] = logits.amax(-1)
 
 
-def merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: bool) -> Rows:
+def merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: bool) -> MergedStats:
     """The rows of all ranks' numbers [k, 3 to 6, ...], whose columns start at ranges[:, 0] and number ranges[:, 1]."""
     scale = options.logit_scale if options.softcap is None else 1.0
     starts, counts = (one.reshape(-1, *(1,) * (parts.dim() - 2)) for one in ranges.unbind(1))
@@ -111,7 +111,7 @@ def merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: boo
         start = torch.where(held, starts, 0).sum(0)
         beaten = (largest_of > largest) | ((largest_of == largest) & (starts < start) & (counts > 0))
         correct = (held & ~entropies.signbit()).any(0) & ~beaten.any(0)
-    return Rows(m, m if scale == 1 else scale * m, s, d_target, mean_shifted, entropy, correct, held.sum(0))
+    return MergedStats(m, m if scale == 1 else scale * m, s, d_target, mean_shifted, entropy, correct, held.sum(0))
 
 
 def local_targets(targets: Tensor, columns: Columns) -> Tensor:

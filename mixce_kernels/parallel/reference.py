@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixce_kernels.backends.shards import Shard
-from mixce_kernels.collectives import largest, sum_over, total
 from mixce_kernels.options import TokenOptions, accumulate_dtype
+from mixce_kernels.parallel.backend import Shard
+from mixce_kernels.parallel.collectives import largest, sum_over, total
 from mixce_kernels.reference import mixture, token_losses
 from mixce_kernels.stats import MixCEStats
 

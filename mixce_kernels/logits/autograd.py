@@ -13,10 +13,10 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 
-from mixce_kernels import ops
-from mixce_kernels.backends.rows import materialized, rows_of
+from mixce_kernels.backends.layout import layout_of, materialized
+from mixce_kernels.logits import ops
 from mixce_kernels.options import TokenOptions
-from mixce_kernels.sharded_reference import token_losses_of
+from mixce_kernels.parallel.reference import token_losses_of
 
 
 def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -253,7 +253,7 @@ def folded(
         for i, (arg, dim) in enumerate(zip(args, in_dims, strict=True))
     ]
     logits, *rest = tensors
-    result = call(logits if rows_of(logits) is not None else logits.contiguous(), *rest)
+    result = call(logits if layout_of(logits) is not None else logits.contiguous(), *rest)
     if isinstance(result, Tensor):
         return result, 0
     # Loss, state, statistics, correct, and the gradient; statistics that were not asked for are empty.

@@ -1,0 +1,1 @@
+"""The loss of logits: its body, its operators and their derivatives."""
