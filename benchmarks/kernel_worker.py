@@ -100,6 +100,7 @@ class TritonRuntime:
 def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
     """Takes the case's steps; yields the counts, or the registers, of each."""
     from mixce_kernels import backends
+    from mixce_kernels.backends.results import Results
     from mixce_kernels.options import TokenOptions, accumulate_dtype
 
     dtype, option = getattr(torch, case.dtype), OPTIONS[case.option]
@@ -114,7 +115,7 @@ def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
     memory = torch.empty(logits.numel() + option.grad_offset, dtype=dtype)
     grad_logits = memory[option.grad_offset :].view_as(logits)
     tensors = [logits, targets, loss, state, stats, correct, grad_loss, memory]
-    backend, results = backends.get(case.backend), (loss, state, stats, correct)
+    backend, results = backends.get(case.backend), Results(loss, state, stats, correct)
 
     def take(step: str) -> None:
         if step == "forward":

@@ -126,6 +126,7 @@ def guarded(values: Tensor, *, at_end: bool) -> Tensor:
 @pytest.mark.parametrize("vocab_size", [1, 3, 1000, 1023, 2049, 8191, 50257])
 def test_kernels_stay_within_their_tensors(vocab_size: int, dtype: torch.dtype, at_end: bool) -> None:
     from mixce_kernels.backends import cuda
+    from mixce_kernels.backends.results import Results
     from mixce_kernels.options import TokenOptions, accumulate_dtype
 
     real = accumulate_dtype(dtype)
@@ -139,7 +140,12 @@ def test_kernels_stay_within_their_tensors(vocab_size: int, dtype: torch.dtype, 
         x, y, weights, upstream = (put(tensor) for tensor in (logits, targets, eta, grad_loss))
         nothing = torch.full((3,), torch.nan, dtype=real)
         results, again = (
-            (put(nothing), put(nothing.expand(5, 3)), put(nothing.expand(5, 3)), put(torch.zeros(3, dtype=torch.bool)))
+            Results(
+                put(nothing),
+                put(nothing.expand(5, 3)),
+                put(nothing.expand(5, 3)),
+                put(torch.zeros(3, dtype=torch.bool)),
+            )
             for _ in range(2)
         )
         grad, scaled = (put(torch.full_like(logits, torch.nan)) for _ in range(2))

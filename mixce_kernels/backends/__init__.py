@@ -3,54 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
 
 from torch import Tensor
 
 from mixce_kernels.backends import cpu, cuda, triton
-from mixce_kernels.options import TokenOptions
+from mixce_kernels.backends.base import Backend
 from mixce_kernels.parallel.backend import Shard, ShardBackend
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-
-
-class Backend(Protocol):
-    """What a backend is: four functions over tensors that were checked before."""
-
-    def unavailable(self, logits: Tensor) -> str | None:
-        """Why this backend cannot serve these logits, as a sentence; None where it can."""
-
-    def forward(
-        self,
-        logits: Tensor,  # [..., V], last stride 1
-        targets: Tensor,  # [...]
-        eta: Tensor | None,  # [...] of any float type, any strides
-        eta_value: float,  # used where eta is None
-        options: TokenOptions,
-        results: tuple[Tensor, ...],  # loss [...], state [5, ...], stats [5, ...] or [0], correct [...] or [0]: written
-        grad_loss: Tensor | None,  # [...], any strides, with grad_logits
-        grad_logits: Tensor | None,  # [..., V], written; may be the logits themselves
-    ) -> None:
-        """Loss, state and statistics of each token, and with `grad_logits` its gradient times `grad_loss`.
-
-        Raises:
-            IndexError: a target is out of range, from `cpu`, which has written nothing then. A GPU's backend writes NaN
-                into that row's results instead.
-        """
-
-    def logits_grad(
-        self,
-        logits: Tensor,  # [..., V], last stride 1
-        targets: Tensor,  # [...]
-        state: Tensor,  # [5, ...]: m, s, a, c, t
-        grad_loss: Tensor,  # [...], any strides
-        options: TokenOptions,
-        grad_logits: Tensor,  # [..., V], written; may be the logits themselves
-    ) -> None:
-        """The gradient of sum(grad_loss * loss) by the logits, rounded once."""
-
-    def scale_rows_(self, grad_logits: Tensor, grad_loss: Tensor) -> None:
-        """Multiplies row i of grad_logits [..., V] by grad_loss[i] in place; rows whose factor is 1 are not read."""
 
 
 _TABLE: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mixce_kernels.backends import native
 from mixce_kernels.backends.layout import flat
+from mixce_kernels.backends.results import Results
 from mixce_kernels.options import TokenOptions, accumulate_dtype, raise_bad_target
 
 if native.MISSING is None:
@@ -19,6 +20,8 @@ if native.MISSING is None:
 _LOGITS_PER_THREAD = 1 << 15
 # A gradient larger than this would push everything else out of the caches.
 _STREAM_BYTES = 1 << 24
+
+checks_targets = True
 
 
 def unavailable(logits: Tensor) -> str | None:
@@ -36,11 +39,11 @@ def forward(
     eta: Tensor | None,  # [...]
     eta_value: float,
     options: TokenOptions,
-    results: tuple[Tensor, ...],
+    results: Results,
     grad_loss: Tensor | None,  # [...]
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
-    """Loss, state and statistics, with the gradient where `grad_logits` is given: see `backends.Backend`."""
+    """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     rows, forward, _kept = native.forward_params(
         logits, targets, eta, eta_value, options, results, grad_loss, grad_logits,
         threads=_threads(logits), stream=_streams(logits, grad_logits),
@@ -58,7 +61,7 @@ def logits_grad(
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
 ) -> None:
-    """The gradient from the state of the forward: see `backends.Backend`."""
+    """The gradient from the state of the forward: see `Backend`."""
     grad_loss, grad_loss_stride = flat(grad_loss.to(state.dtype))
     targets, state = targets.contiguous(), state.contiguous()
     rows = native.row_params(
@@ -69,7 +72,7 @@ def logits_grad(
 
 
 def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
-    """Scales the rows of a gradient in place: see `backends.Backend`."""
+    """Scales the rows of a gradient in place: see `Backend`."""
     grad_loss, grad_loss_stride = flat(grad_loss.to(accumulate_dtype(grad_logits.dtype)))
     rows = native.row_params(
         grad_logits, None, None, TokenOptions(), grad_loss, grad_loss_stride, grad_logits, threads=_threads(grad_logits)

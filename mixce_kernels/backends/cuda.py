@@ -19,6 +19,7 @@ from mixce_kernels.backends.cuda_launch import (
     rows_launch,
 )
 from mixce_kernels.backends.layout import aligned_alike, flat, reachable_layout
+from mixce_kernels.backends.results import Results
 from mixce_kernels.options import TokenOptions, accumulate_dtype
 
 if native.HAS_CUDA:
@@ -28,6 +29,8 @@ _MIN_ARCH = 80
 # Blocks of a grid are counted in 31 bits, and a row may have several; so are columns, some past a row's end included.
 _MAX_ROWS = (2**31 - 1) // MAX_CLUSTER
 _MAX_VOCAB_SIZE = 2**30
+
+checks_targets = False
 
 
 def unavailable(logits: Tensor) -> str | None:
@@ -56,11 +59,11 @@ def forward(
     eta: Tensor | None,  # [...]
     eta_value: float,
     options: TokenOptions,
-    results: tuple[Tensor, ...],
+    results: Results,
     grad_loss: Tensor | None,  # [...]
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
-    """Loss, state and statistics, with the gradient where `grad_logits` is given: see `backends.Backend`."""
+    """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     layout, device = reachable_layout(logits), _device(_index(logits))
     dtype = native.DTYPES[logits.dtype]
     state_bytes = _C.cuda_state_bytes(dtype)
@@ -75,7 +78,7 @@ def forward(
             # Rows to be read twice, and too few to keep the device busy: two kernels that split them into more parts.
             assert grad_loss is not None
             forward(logits, targets, eta, eta_value, options, results, None, None)
-            logits_grad(logits, targets, results[1], grad_loss, options, grad_logits)
+            logits_grad(logits, targets, results.state, grad_loss, options, grad_logits)
             return
     partials = None
     if grad_logits is None and launch.parts > 1:
@@ -96,7 +99,7 @@ def logits_grad(
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
 ) -> None:
-    """The gradient from the state of the forward: see `backends.Backend`."""
+    """The gradient from the state of the forward: see `Backend`."""
     grad_loss, grad_loss_stride = flat(grad_loss.to(state.dtype))
     targets, state = targets.contiguous(), state.contiguous()
     rows = native.row_params(logits, targets, state, options, grad_loss, grad_loss_stride, grad_logits)
@@ -105,7 +108,7 @@ def logits_grad(
 
 
 def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
-    """Scales the rows of a gradient in place: see `backends.Backend`."""
+    """Scales the rows of a gradient in place: see `Backend`."""
     grad_loss, grad_loss_stride = flat(grad_loss.to(accumulate_dtype(grad_logits.dtype)))
     rows = native.row_params(grad_logits, None, None, TokenOptions(), grad_loss, grad_loss_stride, grad_logits)
     with _on_device(grad_logits):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.backends.layout import flat, reachable_layout
+from mixce_kernels.backends.results import Results
 from mixce_kernels.options import TokenOptions, accumulate_dtype
 
 # After torch, which brings the OpenMP runtime that the extension shares.
@@ -69,7 +70,7 @@ def forward_params(
     eta: Tensor | None,  # [...]
     eta_value: float,
     options: TokenOptions,
-    results: tuple[Tensor, ...],
+    results: Results,
     grad_loss: Tensor | None,  # [...]
     grad_logits: Tensor | None,  # [..., V]
     *,
@@ -82,7 +83,7 @@ def forward_params(
     eta, eta_stride = (None, 0) if eta is None else flat(eta.to(dtype))
     grad_loss, grad_loss_stride = (None, 0) if grad_loss is None else flat(grad_loss.to(dtype))
     targets = targets.contiguous()
-    with_stats = stats.shape[0] > 0
+    with_stats = results.with_stats
     rows = row_params(
         logits, targets, state, options, grad_loss, grad_loss_stride, grad_logits, threads=threads, stream=stream
     )

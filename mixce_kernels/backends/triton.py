@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.backends.layout import RowLayout, aligned_alike, flat, reachable_layout
+from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.triton_launch import VECTOR_BYTES, row_config, tile_config
 from mixce_kernels.options import TokenOptions
 
 _WARP_SIZE = 64 if torch.version.hip else 32
 # Columns are counted in 31 bits, a block of them past a row's end included.
 _MAX_VOCAB_SIZE = 2**30
+
+checks_targets = False
 
 
 def unavailable(logits: Tensor) -> str | None:
@@ -39,11 +42,11 @@ def forward(
     eta: Tensor | None,  # [...]
     eta_value: float,
     options: TokenOptions,
-    results: tuple[Tensor, ...],
+    results: Results,
     grad_loss: Tensor | None,  # [...]
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
-    """Loss, state and statistics, with the gradient where `grad_logits` is given: see `backends.Backend`."""
+    """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     loss, state, stats, correct = results
     rows = reachable_layout(logits)
     if rows.number == 0:
@@ -53,7 +56,7 @@ def forward(
     eta_entries, eta_stride = (loss, 0) if eta is None else flat(eta)
     upstream, upstream_stride = (loss, 0) if grad_loss is None else flat(grad_loss)
     vocab_size = logits.shape[-1]
-    with_stats = stats.shape[0] > 0
+    with_stats = results.with_stats
     with _device_of(logits):
         may_hold = has_grad and same_window
         arch = _arch() if may_hold else 0
@@ -114,7 +117,7 @@ def logits_grad(
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
 ) -> None:
-    """The gradient from the state of the forward: see `backends.Backend`."""
+    """The gradient from the state of the forward: see `Backend`."""
     rows = reachable_layout(logits)
     if rows.number == 0:
         return
@@ -156,7 +159,7 @@ def logits_grad(
 
 
 def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
-    """Scales the rows of a gradient in place: see `backends.Backend`."""
+    """Scales the rows of a gradient in place: see `Backend`."""
     rows = reachable_layout(grad_logits)
     if rows.number == 0:
         return

@@ -12,12 +12,14 @@ integers a call, which tell the ranks that they are making the same call.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixce_kernels.backends.base import Backend
+from mixce_kernels.backends.results import Results
 from mixce_kernels.options import (
     LOGITS_DTYPES,
     REDUCTIONS,
@@ -31,9 +33,6 @@ from mixce_kernels.parallel.agreement import Columns, Signature
 from mixce_kernels.parallel.collectives import all_gather, group_of
 from mixce_kernels.parallel.merge import MergedStats, local_targets, merged, narrowed, numbers_per_token, write_part
 from mixce_kernels.token_terms import TokenTerms, token_terms
-
-if TYPE_CHECKING:
-    from mixce_kernels.backends import Backend
 
 _HEADER = 3  # digest of the call, first column, number of columns
 
@@ -158,6 +157,10 @@ class ShardBackend:
         self.backend = backend
         self.shard = shard
 
+    @property
+    def checks_targets(self) -> bool:
+        return self.backend.checks_targets
+
     def unavailable(self, logits: Tensor) -> str | None:
         return self.backend.unavailable(logits)
 
@@ -168,7 +171,7 @@ class ShardBackend:
         eta: Tensor | None,  # [...]
         eta_value: float,
         options: TokenOptions,
-        results: tuple[Tensor, ...],
+        results: Results,
         grad_loss: Tensor | None,  # [...]
         grad_logits: Tensor | None,  # [..., columns]
     ) -> None:
@@ -197,12 +200,12 @@ class ShardBackend:
         messages = all_gather(message, group)
         headers = messages[:, :_HEADER].view(_integers(message.dtype))
         parts = messages[:, _HEADER:].unflatten(1, shape)
-        if shard.check_group and self.name == "cpu":
+        if shard.check_group and self.checks_targets:
             _check_headers(headers, signature, group)
 
         whole = merged(parts, headers[:, 1:], options, with_stats)
         not_held = whole.holders != 1
-        if self.name == "cpu" and (not_held & ~ignored).any():
+        if self.checks_targets and (not_held & ~ignored).any():
             _raise_not_held(whole.holders, targets, ignored, options.ignore_index, int(headers[:, 2].sum()))
         whole = whole._replace(s=whole.s.masked_fill_(not_held, torch.nan))
         vocab_size = headers[:, 2].sum() if options.label_smoothing > 0 else 0
@@ -240,7 +243,7 @@ class ShardBackend:
             self.backend.scale_rows_(narrowed(grad_logits, columns.number), grad_loss)
 
 
-def _write(results: tuple[Tensor, ...], terms: TokenTerms, rows: MergedStats, ignored: Tensor) -> None:
+def _write(results: Results, terms: TokenTerms, rows: MergedStats, ignored: Tensor) -> None:
     """The results of the tokens, 0 where ignored."""
     loss, state, stats, correct = results
     numbers = torch.stack((terms.loss, rows.m, rows.s, terms.a, terms.c, terms.t))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixce_kernels.backends.base import Backend
 from mixce_kernels.backends.results import empty_results
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel.agreement import Columns
-
-if TYPE_CHECKING:
-    from mixce_kernels.backends import Backend
 
 # What the kernels of a forward are told instead of a target that is ignored.
 _IGNORED = -100
