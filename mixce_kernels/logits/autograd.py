@@ -258,7 +258,8 @@ def folded(
         return result, 0
     # Loss, state, statistics, correct, and the gradient; statistics that were not asked for are empty.
     dims = (0, 1, 1, 0, 0)
-    return result, tuple(None if one.shape == (0,) else dim for one, dim in zip(result, dims, strict=False))
+    out_dims = tuple(None if one.shape == (0,) else dim for one, dim in zip(result, dims, strict=False))
+    return tuple(result), out_dims
 
 
 def _with_dim(tensor: Tensor, dim: int | None, size: int, at: int) -> Tensor:
