@@ -1,4 +1,4 @@
-"""The operators of the linear loss, as those of `ops`: schema, and shapes for the compiler.
+"""The operators of the linear loss, as those of `logits.ops`: schema, and shapes for the compiler.
 
     linear_forward            hidden, weight, bias -> loss, state, stats, correct          (1 matrix product)
     linear_grad               hidden, weight, bias, state, grad_loss -> the gradients      (3 products)

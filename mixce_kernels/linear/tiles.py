@@ -48,7 +48,7 @@ def forward(
     options: TokenOptions,
     results: tuple[Tensor, ...],  # loss [N], state [5, N], stats [5, N] or [0], correct [N] or [0]: written
 ) -> None:
-    """Loss, state and statistics of each token, as `backends.Backend.forward` of the logits."""
+    """Loss, state and statistics of each token, as `Backend.forward` of the logits."""
     loss, state, stats, correct = results
     n_rows, vocab_size = hidden.shape[0], weight.shape[0]
     if n_rows == 0:
