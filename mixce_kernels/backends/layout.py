@@ -69,22 +69,6 @@ def materialized(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
 
 
-def check_overwritable(logits: Tensor) -> None:
-    """Raises ValueError where the gradient would overwrite a leaf of the graph, which PyTorch refuses to write to, too.
-
-    A parameter would become its own gradient.
-    """
-    # Where two rows share memory there is no place for two gradients, and nothing is overwritten.
-    if not logits.requires_grad or not torch.is_grad_enabled() or overlaps_itself(logits):
-        return
-    for tensor, name in ((logits, "a leaf"), (logits._base, "a view of a leaf")):
-        if tensor is not None and tensor.is_leaf and tensor.requires_grad:
-            raise ValueError(
-                "expected logits that were computed for inplace_backward, whose gradient takes their memory, "
-                f"got {name} that requires a gradient"
-            )
-
-
 def flat(tensor: Tensor) -> tuple[Tensor, int]:
     """A per-token tensor [...] as N entries and the stride between them, 0 if broadcast: copies N numbers at most."""
     tensor = tensor.reshape(-1)
