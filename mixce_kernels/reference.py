@@ -88,27 +88,26 @@ def token_losses(
 
     A target that is neither in [0, V) nor ignore_index gives NaN in its row alone.
     """
-    ignore_index, label_smoothing, _, softcap, logit_scale = options
     vocab_size = logits.shape[-1]
-    valid = targets != ignore_index
+    valid = targets != options.ignore_index
     known = (targets >= 0) & (targets < vocab_size)
     index = torch.where(valid & known, targets, 0).long().unsqueeze(-1)
 
     # An ignored row must not reach the graph: 0 * NaN would.
     z = logits.masked_fill(~valid.unsqueeze(-1), 0.0).to(accumulate_dtype(logits.dtype))
-    if softcap is None:
+    if options.softcap is None:
         # The difference comes before the scale: logits near 1e5 keep their digits.
         m = z.detach().amax(-1, keepdim=True)
-        d = logit_scale * (z - m)
-        m = logit_scale * m
+        d = options.logit_scale * (z - m)
+        m = options.logit_scale * m
     else:
-        z = softcap * torch.tanh(logit_scale * z / softcap)
+        z = options.softcap * torch.tanh(options.logit_scale * z / options.softcap)
         m = z.detach().amax(-1, keepdim=True)
         d = z - m
     s = torch.logsumexp(d, -1)
     lse = m.squeeze(-1) + s
     nll = s - d.gather(-1, index).squeeze(-1)
-    loss, q, w = mixture(nll, s - d.mean(-1) if label_smoothing > 0.0 else nll, lse, eta, options)
+    loss, q, w = mixture(nll, s - d.mean(-1) if options.label_smoothing > 0.0 else nll, lse, eta, options)
     loss = loss * torch.where(valid & ~known, torch.nan, 1.0)
 
     with torch.no_grad():

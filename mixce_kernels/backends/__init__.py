@@ -36,6 +36,11 @@ def vocabulary(address: str) -> Vocabulary:
     return _PARTS[part](_TABLE[name], fields)
 
 
+def name_of(address: str) -> str:
+    """The name of the backend in an operator's argument."""
+    return address.partition("@")[0]
+
+
 def register_part(name: str, part: Callable[[Backend, str], Vocabulary]) -> None:
     """Has the address `backend@name:fields` mean part(backend, fields)."""
     _PARTS[name] = part

@@ -1,6 +1,6 @@
-"""`Vocabulary`: what the operators of a loss ask beside the kernels, where the columns at hand may not be all there are.
+"""`Vocabulary`: what an operator asks beside the kernels, since the columns at hand may not be all there are.
 
-Here they are all; whoever serves a part of them derives from it (`backends.register_part`).
+Here they are all; what serves a part of them derives from it (`backends.register_part`).
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Vocabulary:
         """
         return weight.shape[0], weight.shape[0]
 
-    def shared(self, hidden: Tensor) -> Tensor:
-        """Hidden states as every part of the vocabulary takes them: their gradient is that of all parts."""
+    def shared(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        """Hidden states as every part of the vocabulary takes them: their gradient, added up in `dtype`, is of all."""
         return hidden
 
     def add_up(self, grad_hidden: Tensor) -> None:

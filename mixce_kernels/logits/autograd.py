@@ -10,8 +10,8 @@ from torch import Tensor
 from mixce_kernels import backends
 from mixce_kernels.backends.layout import layout_of, materialized
 from mixce_kernels.logits import ops
-from mixce_kernels.logits.overwriting import Overwrite
 from mixce_kernels.logits.ops import Forward, ForwardWithGrad, LogitsGrad, ScaleRows
+from mixce_kernels.logits.overwriting import Overwrite
 from mixce_kernels.operators import Differentiable, is_plain
 
 Grads = dict[str, Tensor | None]
