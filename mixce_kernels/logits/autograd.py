@@ -10,7 +10,7 @@ from torch import Tensor
 from mixce_kernels import backends
 from mixce_kernels.backends.layout import layout_of, materialized
 from mixce_kernels.logits import ops
-from mixce_kernels.logits.ops import Forward, ForwardWithGrad, LogitsGrad, ScaleRows
+from mixce_kernels.logits.ops import Forward, ForwardWithGrad, LogitsGrad, LogitsGradInplace, ScaleRows
 from mixce_kernels.logits.overwriting import Overwrite
 from mixce_kernels.operators import Differentiable, is_plain
 
@@ -29,13 +29,19 @@ def _forward_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Gra
     if grad_loss is None:
         return {}
     args, (state,) = ops.FORWARD.fields.saved(ctx)
-    wanted = LogitsGrad(
-        args.logits, args.targets, state, grad_loss, args.eta, args.eta_value, args.options, args.backend
-    )
     if ctx.overwrite.allowed(args.logits) and is_plain(grad_loss) and not torch.is_grad_enabled():
-        ops.logits_grad_(wanted._replace(grad_loss=materialized(grad_loss)))
+        ops.logits_grad_(
+            LogitsGradInplace(args.logits, args.targets, state, materialized(grad_loss), args.options, args.backend)
+        )
         return {"logits": args.logits.detach()}
-    return {"logits": logits_grad(wanted)}
+    return {"logits": _grad(args, state, grad_loss)}
+
+
+def _grad(args: Forward | ForwardWithGrad, state: Tensor, grad_loss: Tensor) -> Tensor:
+    """The gradient of sum(grad_loss * loss), from the state of the forward with these arguments."""
+    return logits_grad(
+        LogitsGrad(args.logits, args.targets, state, grad_loss, args.eta, args.eta_value, args.options, args.backend)
+    )
 
 
 def _logits_grad_context(ctx: Any, args: LogitsGrad, output: Tensor) -> None:
@@ -75,11 +81,7 @@ def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> G
     args, (state,) = ops.FORWARD_WITH_GRAD.fields.saved(ctx)
     if ctx.grad_logits is None or torch.is_grad_enabled():
         # The gradient of forward is spent, or a graph of it is asked for: compute it anew.
-        grad_loss = args.grad_loss * grad_loss
-        wanted = LogitsGrad(
-            args.logits, args.targets, state, grad_loss, args.eta, args.eta_value, args.options, args.backend
-        )
-        return {"logits": logits_grad(wanted)}
+        return {"logits": _grad(args, state, args.grad_loss * grad_loss)}
     grad_logits, ctx.grad_logits = ctx.grad_logits, None
     grad_loss = _of_valid_rows(grad_loss, args.targets, args.options.ignore_index)
     if not is_plain(grad_logits) or not is_plain(grad_loss):
@@ -152,7 +154,8 @@ def _folded(operator: Differentiable[Any], size: int, dims: dict[str, int | None
         return result, 0
     # Loss, state, statistics, correct, and the gradient; statistics that were not asked for are empty.
     out_dims = (0, 1, 1, 0, 0)
-    return result, tuple(None if one.shape == (0,) else dim for one, dim in zip(result, out_dims, strict=False))
+    dims_out = tuple(None if one.shape == (0,) else dim for one, dim in zip(result, out_dims, strict=False))
+    return tuple(result), dims_out
 
 
 def _with_dim(tensor: Tensor, dim: int | None, size: int, at: int) -> Tensor:

@@ -37,7 +37,7 @@ class Forward(NamedTuple):
 
 
 class LogitsGrad(NamedTuple):
-    """The arguments of `logits_grad` and `logits_grad_`; eta is for the second derivative alone."""
+    """The arguments of `logits_grad`; eta is for the second derivative alone."""
 
     logits: Tensor  # [..., V]
     targets: Tensor  # [...]
@@ -45,6 +45,17 @@ class LogitsGrad(NamedTuple):
     grad_loss: Tensor  # [...]
     eta: Tensor | None  # [...]
     eta_value: float
+    options: TokenOptions
+    backend: str
+
+
+class LogitsGradInplace(NamedTuple):
+    """The arguments of `logits_grad_`, which has no derivative."""
+
+    logits: Tensor  # [..., V]
+    targets: Tensor  # [...]
+    state: Tensor  # [STATE_WIDTH, ...]
+    grad_loss: Tensor  # [...]
     options: TokenOptions
     backend: str
 
@@ -83,7 +94,7 @@ def logits_grad(args: LogitsGrad) -> Tensor:
     return grad_logits
 
 
-def logits_grad_(args: LogitsGrad) -> None:
+def logits_grad_(args: LogitsGradInplace) -> None:
     _write_grad(args, args.logits)
     increment_version(args.logits)
 
@@ -104,7 +115,7 @@ def scale_rows_(args: ScaleRows) -> None:
     increment_version(args.grad_logits)
 
 
-def _write_grad(args: LogitsGrad, grad_logits: Tensor) -> None:
+def _write_grad(args: LogitsGrad | LogitsGradInplace, grad_logits: Tensor) -> None:
     kernels = backends.vocabulary(args.backend).kernels
     kernels.logits_grad(args.logits, args.targets, args.state, args.grad_loss, args.options, grad_logits)
 
