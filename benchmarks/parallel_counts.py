@@ -32,7 +32,8 @@ from torch.utils._pytree import tree_leaves
 from mixce_kernels import vocab_parallel_mixce_loss
 from mixce_kernels.backends.results import empty_results
 from mixce_kernels.options import TokenOptions
-from mixce_kernels.parallel.backend import Shard, ShardBackend
+from mixce_kernels.parallel.backend import ShardBackend
+from mixce_kernels.parallel.shard import Shard
 
 OURS, LOSS_PARALLEL, THREE_ALL_REDUCES = "vocab_parallel_mixce_loss", "loss_parallel", "three-all-reduces"
 STEPS = ("forward", "backward")
@@ -161,7 +162,7 @@ class _Ours:
     def __init__(self, ranks: int, columns: int) -> None:
         self.logits = torch.randn(N_ROWS, columns, dtype=torch.bfloat16)
         self.targets = torch.randint(columns, (N_ROWS,))
-        self.shard = ShardBackend("triton", _NoKernels(), Shard(_world().group_name, 0, None, check_group=False))
+        self.shard = ShardBackend(_NoKernels(), Shard(_world().group_name, 0, None, check_group=False))
         self.results: tuple[Tensor, ...] = ()
 
     def forward(self) -> None:

@@ -7,10 +7,8 @@
 
 from importlib.metadata import version
 
-from mixce_kernels.functional import fused_mixce_loss
-from mixce_kernels.linear.loss import fused_linear_mixce_loss
+from mixce_kernels.functional import fused_linear_mixce_loss, fused_mixce_loss, vocab_parallel_mixce_loss
 from mixce_kernels.modules import LinearMixCELoss, MixCELoss
-from mixce_kernels.parallel.loss import vocab_parallel_mixce_loss
 from mixce_kernels.reference import linear_mixce_loss_reference, mixce_loss_reference
 from mixce_kernels.stats import MixCEStats
 

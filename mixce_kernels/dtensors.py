@@ -17,23 +17,27 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from mixce_kernels import backends
 from mixce_kernels.autocast import autocast_dtype
-from mixce_kernels.functional import fused_mixce_loss
-from mixce_kernels.linear.loss import fused_linear_mixce_loss
-from mixce_kernels.options import (
-    check_eta,
-    check_linear_tensors,
-    check_reduction,
-    check_targets_in_range,
-    check_tensors,
-    check_values,
-)
+from mixce_kernels.checks import check_linear_tensors, check_targets_in_range, check_tensors, check_values
+from mixce_kernels.linear import loss as linear_loss
+from mixce_kernels.logits import loss as logits_loss
+from mixce_kernels.logits.overwriting import check_overwritable
+from mixce_kernels.options import LinearOptions, LossOptions, check_eta
+from mixce_kernels.parallel import loss as parallel_loss
 from mixce_kernels.parallel.collectives import sum_over, total
-from mixce_kernels.parallel.loss import vocab_parallel_mixce_loss
+from mixce_kernels.parallel.shard import Sharding
 from mixce_kernels.stats import MixCEStats
 
 
-def mixce_loss(logits: Tensor, targets: Tensor, eta: float | Tensor, **options: Any) -> Any:
-    """`fused_mixce_loss` of logits [..., V] that are a DTensor."""
+def mixce_loss(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    eta: float | Tensor,
+    options: LossOptions,
+) -> Any:
+    """`fused_mixce_loss` of logits that are a DTensor."""
+    options.for_tokens()
+    if options.inplace_backward:
+        check_overwritable(logits)
     if not isinstance(logits, DTensor):
         raise TypeError("expected logits to be a DTensor where targets, eta or token_weights are, got a plain tensor")
     check_tensors(logits, targets)
@@ -41,34 +45,38 @@ def mixce_loss(logits: Tensor, targets: Tensor, eta: float | Tensor, **options: 
     tokens = _Tokens(split, logits.shape[:-1])
     tokens.check_values(targets, eta, options, logits.shape[-1], logits.to_local())
     eta, options = tokens.local_options(targets, eta, options)
-    overwrites = options["inplace_backward"] and not torch.compiler.is_compiling()
+    overwrites = options.inplace_backward and not torch.compiler.is_compiling()
     local = _Overwritable.apply(logits) if overwrites else logits.to_local()
     version = local._version if overwrites else 0
     if split.vocab is None:
-        found = fused_mixce_loss(local, tokens.local(targets), eta, **options)
+        found = logits_loss.mixce_loss(local, tokens.local(targets), eta, options)
     else:
-        found = vocab_parallel_mixce_loss(
-            local, tokens.local(targets), eta, group=split.mesh.get_group(split.vocab),
-            vocab_start=split.vocab_start(logits.shape[-1], local.shape[-1]), vocab_size=logits.shape[-1],
-            check_group=False, **options,
-        )  # fmt: skip
+        sharding = split.sharding(logits.shape[-1], local.shape[-1])
+        found = parallel_loss.mixce_loss(local, tokens.local(targets), eta, options, sharding)
     if overwrites and local._version != version:
         increment_version(logits)
     return tokens.result(found, options)
 
 
 def linear_mixce_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, eta: float | Tensor, *, bias: Tensor | None, **options: Any
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [...]
+    eta: float | Tensor,
+    options: LossOptions,
+    linear: LinearOptions,
 ) -> Any:
-    """`fused_linear_mixce_loss` of hidden states [..., D] and a weight [V, D] that are DTensors."""
-    hidden, weight, *_ = distributed = _distributed(hidden=hidden, weight=weight, bias=bias)
+    """`fused_linear_mixce_loss` of hidden states and a weight that are DTensors."""
+    options.for_tokens()
+    hidden, weight, *others = distributed = _distributed(hidden=hidden, weight=weight, bias=bias)
     mesh = hidden.device_mesh
     # Of the whole tensors: what does not fit must not show on some ranks alone, whom the others would wait for.
     check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden))
     held = _Split.of("weight", mesh, weight.placements, 2, vocab_dim=0)
     if held.leading:
         raise ValueError(f"expected a weight that is sharded by its rows alone, got {_shown(weight.placements)}")
-    for one in distributed[2:]:
+    for one in others:
         if one.placements != weight.placements:
             shown = f"{_shown(weight.placements)}, got {_shown(one.placements)}"
             raise ValueError(f"expected bias placed as weight, {shown}")
@@ -88,12 +96,12 @@ def linear_mixce_loss(
     local_weight, *local_bias = (
         one.redistribute(placements=one.placements).to_local(grad_placements=grad_placements) for one in distributed[1:]
     )
-    options["bias"] = local_bias[0] if local_bias else None
-    if held.vocab is not None:
-        options["group"], options["check_group"] = mesh.get_group(held.vocab), False
-        options["vocab_start"] = held.vocab_start(weight.shape[0], local_weight.shape[0])
-        options["vocab_size"] = weight.shape[0]
-    found = fused_linear_mixce_loss(hidden.to_local(), local_weight, tokens.local(targets), eta, **options)
+    tensors = (hidden.to_local(), local_weight, local_bias[0] if local_bias else None, tokens.local(targets))
+    if held.vocab is None:
+        found = linear_loss.linear_mixce_loss(*tensors, eta, options, linear)
+    else:
+        sharding = held.sharding(weight.shape[0], local_weight.shape[0])
+        found = parallel_loss.linear_mixce_loss(*tensors, eta, options, linear, sharding)
     return tokens.result(found, options)
 
 
@@ -119,10 +127,6 @@ class _Overwritable(torch.autograd.Function):
         return DTensor.from_local(
             grad, logits.device_mesh, logits.placements, run_check=False, shape=logits.shape, stride=logits.stride()
         )
-
-
-# Backends that raise for a bad target of CPU tensors.
-_CHECKING = ("cpu", "reference")
 
 
 class _Split(NamedTuple):
@@ -152,8 +156,8 @@ class _Split(NamedTuple):
                 )
         return cls(mesh, vocab, leading)
 
-    def vocab_start(self, vocab_size: int, columns: int) -> int:
-        """The first of this rank's columns: DTensor splits as `torch.chunk` does.
+    def sharding(self, vocab_size: int, columns: int) -> Sharding:
+        """The columns of this rank, so many of the vocabulary's: DTensor splits as `torch.chunk` does.
 
         Raises:
             ValueError: the rank has another number of columns than that, and so has one rank more at least.
@@ -164,7 +168,7 @@ class _Split(NamedTuple):
         expected = min(chunk, vocab_size - start)
         if columns != expected:
             raise ValueError(f"expected {expected} of {vocab_size} columns here, as DTensor splits them, got {columns}")
-        return start
+        return Sharding(self.mesh.get_group(self.vocab), start, vocab_size, check_group=False)
 
 
 class _Tokens:
@@ -187,44 +191,46 @@ class _Tokens:
         return tensor.redistribute(placements=self.placements).to_local()
 
     def check_values(
-        self, targets: Tensor, eta: float | Tensor, options: dict[str, Any], vocab_size: int, like_logits: Tensor
+        self, targets: Tensor, eta: float | Tensor, options: LossOptions, vocab_size: int, like_logits: Tensor
     ) -> None:
         """Checks the values of all tokens where one process does: no rank may raise alone, awaited by the others."""
         if not self.split.leading or torch.compiler.is_compiling():
             return
         targets = targets.full_tensor() if isinstance(targets, DTensor) else targets
         eta = eta.full_tensor() if isinstance(eta, DTensor) else eta
-        if options["validate"]:
-            check_values(targets, eta, options["ignore_index"], vocab_size)
-        elif like_logits.device.type == "cpu" and backends.resolve(options["backend"], like_logits) in _CHECKING:
-            check_targets_in_range(targets, options["ignore_index"], vocab_size)
+        if options.validate:
+            check_values(targets, eta, options.ignore_index, vocab_size)
+        elif like_logits.device.type == "cpu" and backends.checks_targets(
+            backends.resolve(options.backend, like_logits)
+        ):
+            check_targets_in_range(targets, options.ignore_index, vocab_size)
 
     def local_options(
-        self, targets: Tensor, eta: float | Tensor, options: dict[str, Any]
-    ) -> tuple[float | Tensor, dict[str, Any]]:
+        self, targets: Tensor, eta: float | Tensor, options: LossOptions
+    ) -> tuple[float | Tensor, LossOptions]:
         """Eta and the options for this rank's part: what "mean" divides by is that of all tokens."""
         if isinstance(eta, DTensor) and eta.shape != targets.shape:
             # A DTensor does not broadcast a dimension that is sharded.
             eta = eta.redistribute(placements=[Replicate()] * eta.device_mesh.ndim)
         eta = check_eta(eta, targets)
-        reduction, weights, divisor = (options[name] for name in ("reduction", "token_weights", "num_items_in_batch"))
-        check_reduction(reduction, targets, weights, divisor)
+        options.check_reduction(targets)
+        weights, divisor = options.token_weights, options.num_items_in_batch
         weights = None if weights is None else self.local(weights.detach())
         if isinstance(divisor, DTensor):
             divisor = divisor.full_tensor()
-        elif reduction == "mean" and divisor is None and self.split.leading:
-            valid = self.local(targets) != options["ignore_index"]
+        elif options.reduction == "mean" and divisor is None and self.split.leading:
+            valid = self.local(targets) != options.ignore_index
             divisor = torch.where(valid, 1.0 if weights is None else weights, 0.0).sum(dtype=torch.float64)
             for dim in self.split.leading:
                 divisor = total(divisor, self.split.mesh.get_group(dim))
-        changed = {"token_weights": weights, "num_items_in_batch": divisor}
-        return self.local(eta) if isinstance(eta, Tensor) else eta, {**options, **changed}
+        options = options._replace(token_weights=weights, num_items_in_batch=divisor)
+        return self.local(eta) if isinstance(eta, Tensor) else eta, options
 
-    def result(self, found: Any, options: dict[str, Any]) -> Any:
+    def result(self, found: Any, options: LossOptions) -> Any:
         """What a function returned for this rank's part, as DTensors of the whole."""
-        loss, stats = found if options["return_stats"] else (found, None)
+        loss, stats = found if options.return_stats else (found, None)
         mesh = self.split.mesh
-        if options["reduction"] == "none":
+        if options.reduction == "none":
             loss = self._whole(loss)
         else:
             for dim in self.split.leading:

@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixce_kernels.functional import fused_mixce_loss
-from mixce_kernels.linear.loss import fused_linear_mixce_loss
-from mixce_kernels.options import (
-    check_eta_number,
-    check_linear_options,
-    check_reduction_name,
-    check_sharded_call,
-    check_token_options,
-)
+from mixce_kernels.functional import linear_mixce_loss, mixce_loss
+from mixce_kernels.options import LinearOptions, LossOptions, check_eta_number
+from mixce_kernels.parallel.shard import Sharding
 from mixce_kernels.stats import MixCEStats
 
 
 class _Loss(nn.Module):
-    """What stays the same over a training run: eta, and the other options of a function."""
+    """What stays the same over a training run: eta, and the options in records."""
 
-    function: Callable[..., Any]
-
-    def __init__(self, eta: float | Tensor, options: dict[str, Any]) -> None:
+    def __init__(self, eta: float | Tensor, options: LossOptions, *others: LinearOptions | Sharding) -> None:
         super().__init__()
-        token_options = ("ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale")
-        check_token_options(**{name: options[name] for name in token_options})
-        check_reduction_name(options["reduction"])
+        options.for_tokens()
+        options.check_reduction_name()
         self.eta = eta if isinstance(eta, Tensor) else check_eta_number(eta)
         self.options = options
+        self.records = (options, *others)
 
     def extra_repr(self) -> str:
-        defaults = type(self).function.__kwdefaults__ or {}
-        changed = {name: value for name, value in self.options.items() if value != defaults[name]}
-        return ", ".join(f"{name}={value}" for name, value in {"eta": self.eta, **changed}.items())
+        changed = {"eta": self.eta}
+        for record in self.records:
+            changed |= {
+                name: value for name, value in record._asdict().items() if value != record._field_defaults[name]
+            }
+        return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
 class MixCELoss(_Loss):
@@ -45,8 +37,6 @@ class MixCELoss(_Loss):
     The constructor takes what stays the same over a training run, the call what belongs to a batch. `eta` is a plain
     attribute: assign a number or a tensor to schedule it.
     """
-
-    function = staticmethod(fused_mixce_loss)
 
     def __init__(
         self,
@@ -70,19 +60,11 @@ class MixCELoss(_Loss):
             TypeError: an option is not a number.
             ValueError: an option is outside its range.
         """
-        options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "inplace_backward": inplace_backward,
-            "grad_in_forward": grad_in_forward,
-            "return_stats": return_stats,
-            "validate": validate,
-            "backend": backend,
-        }
+        options = LossOptions(
+            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
+            softcap=softcap, logit_scale=logit_scale, inplace_backward=inplace_backward,
+            grad_in_forward=grad_in_forward, return_stats=return_stats, validate=validate, backend=backend,
+        )  # fmt: skip
         super().__init__(eta, options)
 
     def forward(
@@ -94,14 +76,8 @@ class MixCELoss(_Loss):
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MixCEStats]:
         """The loss of a batch: arguments, results and errors of `fused_mixce_loss`."""
-        return fused_mixce_loss(
-            logits,
-            targets,
-            self.eta,
-            token_weights=token_weights,
-            num_items_in_batch=num_items_in_batch,
-            **self.options,
-        )
+        options = self.options._replace(token_weights=token_weights, num_items_in_batch=num_items_in_batch)
+        return mixce_loss(logits, targets, self.eta, options)
 
 
 class LinearMixCELoss(_Loss):
@@ -111,8 +87,6 @@ class LinearMixCELoss(_Loss):
     `loss(hidden, model.lm_head.weight, targets)`. `eta` is a plain attribute: assign a number or a tensor to schedule
     it.
     """
-
-    function = staticmethod(fused_linear_mixce_loss)
 
     def __init__(
         self,
@@ -142,28 +116,18 @@ class LinearMixCELoss(_Loss):
             TypeError: an option is not a number.
             ValueError: an option is outside its range.
         """
-        check_linear_options(max_chunk_bytes, path, backend, sharded=group is not None)
-        check_sharded_call(group, vocab_start, vocab_size)
-        options: dict[str, Any] = {
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "softcap": softcap,
-            "logit_scale": logit_scale,
-            "inplace_backward": inplace_backward,
-            "grad_in_forward": grad_in_forward,
-            "return_stats": return_stats,
-            "validate": validate,
-            "max_chunk_bytes": max_chunk_bytes,
-            "path": path,
-            "group": group,
-            "vocab_start": vocab_start,
-            "vocab_size": vocab_size,
-            "check_group": check_group,
-            "backend": backend,
-        }
-        super().__init__(eta, options)
+        options = LossOptions(
+            ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
+            softcap=softcap, logit_scale=logit_scale, inplace_backward=inplace_backward,
+            grad_in_forward=grad_in_forward, return_stats=return_stats, validate=validate, backend=backend,
+        )  # fmt: skip
+        linear = LinearOptions(max_chunk_bytes=max_chunk_bytes, path=path)
+        sharding = Sharding(group=group, vocab_start=vocab_start, vocab_size=vocab_size, check_group=check_group)
+        linear.check(backend, sharded=group is not None)
+        sharding.check_group_is_named()
+        super().__init__(eta, options, linear, sharding)
+        self.linear = linear
+        self.sharding = sharding
 
     def forward(
         self,
@@ -176,13 +140,5 @@ class LinearMixCELoss(_Loss):
         num_items_in_batch: float | Tensor | None = None,
     ) -> Tensor | tuple[Tensor, MixCEStats]:
         """The loss of a batch: arguments, results and errors of `fused_linear_mixce_loss`."""
-        return fused_linear_mixce_loss(
-            hidden,
-            weight,
-            targets,
-            self.eta,
-            bias=bias,
-            token_weights=token_weights,
-            num_items_in_batch=num_items_in_batch,
-            **self.options,
-        )
+        options = self.options._replace(token_weights=token_weights, num_items_in_batch=num_items_in_batch)
+        return linear_mixce_loss(hidden, weight, bias, targets, self.eta, options, self.linear, self.sharding)

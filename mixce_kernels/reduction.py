@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mixce_kernels.options import LossOptions
+
 
 class Reduction(NamedTuple):
     """What is done to the tokens' losses [...]: multiplied by the weights, added up, divided."""
@@ -19,21 +21,16 @@ class Reduction(NamedTuple):
     divisor: float | Tensor | None  # a number or a 0-d tensor, never 0
 
     @classmethod
-    def of(
-        cls,
-        name: str,
-        targets: Tensor,  # [...]
-        ignore_index: int,
-        token_weights: Tensor | None,  # [...]
-        num_items_in_batch: float | Tensor | None,
-    ) -> Reduction:
-        """From arguments of the public functions, which have passed `check_reduction`."""
+    def of(cls, options: LossOptions, targets: Tensor, ignore_index: int) -> Reduction:
+        """The reduction that the options ask for, which have passed `LossOptions.check_reduction`."""
         weights = None
-        if token_weights is not None:
+        if options.token_weights is not None:
             # Whatever stands at an ignored token does not matter.
-            weights = torch.where(targets != ignore_index, token_weights.detach().double(), 0.0)
-        divisor = None if name != "mean" else _divisor(targets, ignore_index, weights, num_items_in_batch)
-        return cls(name, weights, divisor)
+            weights = torch.where(targets != ignore_index, options.token_weights.detach().double(), 0.0)
+        divisor = None
+        if options.reduction == "mean":
+            divisor = _divisor(targets, ignore_index, weights, options.num_items_in_batch)
+        return cls(options.reduction, weights, divisor)
 
     def token_scale(self, targets: Tensor) -> Tensor:
         """The factor of each token's loss in the result, [...] float64 in targets' shape."""

@@ -12,18 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mixce_kernels.autocast import autocast_dtype, without_autocast
-from mixce_kernels.options import (
-    TokenOptions,
-    accumulate_dtype,
-    check_eta,
-    check_linear_options,
-    check_linear_tensors,
-    check_reduction,
-    check_tensors,
-    check_token_options,
-    check_values,
-    is_batched,
-)
+from mixce_kernels.checks import check_linear_tensors, check_tensors, check_values, is_batched
+from mixce_kernels.options import LinearOptions, LossOptions, TokenOptions, accumulate_dtype, check_eta
 from mixce_kernels.stats import MixCEStats
 
 
@@ -50,27 +40,42 @@ def mixce_loss_reference(
     `inplace_backward` and `grad_in_forward` are permissions that this function has no use for: they change no value.
     Half-precision logits are computed in float32, float64 logits in float64. Runs on any device.
     """
-    options = check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options = LossOptions(
+        ignore_index=ignore_index, reduction=reduction, token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        logit_scale=logit_scale, return_stats=return_stats, validate=validate,
+    )  # fmt: skip
+    return loss_of_logits(logits, targets, eta, options)
+
+
+def loss_of_logits(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    eta: float | Tensor,
+    options: LossOptions,
+) -> Tensor | tuple[Tensor, MixCEStats]:
+    """`mixce_loss_reference` with its options in a record."""
+    token_options = options.for_tokens()
     check_tensors(logits, targets)
     eta = check_eta(eta, targets)
-    check_reduction(reduction, targets, token_weights, num_items_in_batch)
+    options.check_reduction(targets)
     readable = logits.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(targets)
-    if validate or readable:
-        check_values(targets, eta, ignore_index, logits.shape[-1])
+    if options.validate or readable:
+        check_values(targets, eta, token_options.ignore_index, logits.shape[-1])
 
-    loss, stats = token_losses(logits, targets, eta, options)
+    loss, stats = token_losses(logits, targets, eta, token_options)
 
-    valid = targets != ignore_index
-    weights = torch.ones_like(loss) if token_weights is None else token_weights.detach().to(loss.dtype)
+    valid = targets != token_options.ignore_index
+    weights = torch.ones_like(loss) if options.token_weights is None else options.token_weights.detach().to(loss.dtype)
     weights = torch.where(valid, weights, 0.0)
     loss = loss * weights
-    if reduction != "none":
+    if options.reduction != "none":
         loss = loss.sum()
-    if reduction == "mean":
-        divisor = weights.sum() if num_items_in_batch is None else num_items_in_batch
+    if options.reduction == "mean":
+        divisor = weights.sum() if options.num_items_in_batch is None else options.num_items_in_batch
         divisor = torch.as_tensor(divisor, dtype=loss.dtype, device=loss.device).reshape(())
         loss = loss / torch.where(divisor == 0, 1.0, divisor)
-    return (loss, stats) if return_stats else loss
+    return (loss, stats) if options.return_stats else loss
 
 
 def token_losses(
@@ -83,27 +88,26 @@ def token_losses(
 
     A target that is neither in [0, V) nor ignore_index gives NaN in its row alone.
     """
-    ignore_index, label_smoothing, _, softcap, logit_scale = options
     vocab_size = logits.shape[-1]
-    valid = targets != ignore_index
+    valid = targets != options.ignore_index
     known = (targets >= 0) & (targets < vocab_size)
     index = torch.where(valid & known, targets, 0).long().unsqueeze(-1)
 
     # An ignored row must not reach the graph: 0 * NaN would.
     z = logits.masked_fill(~valid.unsqueeze(-1), 0.0).to(accumulate_dtype(logits.dtype))
-    if softcap is None:
+    if options.softcap is None:
         # The difference comes before the scale: logits near 1e5 keep their digits.
         m = z.detach().amax(-1, keepdim=True)
-        d = logit_scale * (z - m)
-        m = logit_scale * m
+        d = options.logit_scale * (z - m)
+        m = options.logit_scale * m
     else:
-        z = softcap * torch.tanh(logit_scale * z / softcap)
+        z = options.softcap * torch.tanh(options.logit_scale * z / options.softcap)
         m = z.detach().amax(-1, keepdim=True)
         d = z - m
     s = torch.logsumexp(d, -1)
     lse = m.squeeze(-1) + s
     nll = s - d.gather(-1, index).squeeze(-1)
-    loss, q, w = mixture(nll, s - d.mean(-1) if label_smoothing > 0.0 else nll, lse, eta, options)
+    loss, q, w = mixture(nll, s - d.mean(-1) if options.label_smoothing > 0.0 else nll, lse, eta, options)
     loss = loss * torch.where(valid & ~known, torch.nan, 1.0)
 
     with torch.no_grad():
@@ -169,24 +173,28 @@ def linear_mixce_loss_reference(
     (float64 for float64 tensors); under autocast the operands are rounded to its type first. `max_chunk_bytes` and
     `path` change no value. Differentiable any number of times.
     """
-    check_token_options(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    options = LossOptions(
+        ignore_index=ignore_index, reduction=reduction, token_weights=token_weights,
+        num_items_in_batch=num_items_in_batch, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+        logit_scale=logit_scale, return_stats=return_stats, validate=validate,
+    )  # fmt: skip
+    LinearOptions(max_chunk_bytes, path).check(backend=None)
+    return loss_of_hidden(hidden, weight, bias, targets, eta, options)
+
+
+def loss_of_hidden(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [...]
+    eta: float | Tensor,
+    options: LossOptions,
+) -> Tensor | tuple[Tensor, MixCEStats]:
+    """`linear_mixce_loss_reference` with its options in a record."""
+    token_options = options.for_tokens()
     compute_dtype = check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden))
-    check_linear_options(max_chunk_bytes, path, None)
-    return mixce_loss_reference(
-        linear_logits(hidden, weight, bias, targets != ignore_index, compute_dtype),
-        targets,
-        eta,
-        ignore_index=ignore_index,
-        reduction=reduction,
-        token_weights=token_weights,
-        num_items_in_batch=num_items_in_batch,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        return_stats=return_stats,
-        validate=validate,
-    )
+    logits = linear_logits(hidden, weight, bias, targets != token_options.ignore_index, compute_dtype)
+    return loss_of_logits(logits, targets, eta, options)
 
 
 def linear_logits(

@@ -117,7 +117,7 @@ def test_options_are_those_of_the_function() -> None:
     options = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 5.0, "logit_scale": 0.7}
     loss = MixCEForCausalLMLoss(ETA, **options, grad_in_forward=True)
     torch.testing.assert_close(loss(logits, labels), oracle(logits, labels, **options), **TOLERANCE)
-    assert loss.options["grad_in_forward"]
+    assert loss.options.grad_in_forward
 
 
 def test_arguments_of_a_call() -> None:

@@ -3,27 +3,52 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 from torch import Tensor
 
 from mixce_kernels.backends import cpu, cuda, triton
 from mixce_kernels.backends.base import Backend
-from mixce_kernels.parallel.backend import Shard, ShardBackend
+from mixce_kernels.backends.vocabulary import Vocabulary
 
 NAMES = ("reference", "cpu", "triton", "cuda")
-
-
 _TABLE: dict[str, Backend] = {"cpu": cpu, "triton": triton, "cuda": cuda}
+_WHOLE = {name: Vocabulary(backend) for name, backend in _TABLE.items()}
+_PARTS: dict[str, Callable[[Backend, str], Vocabulary]] = {}
 _PREFERRED = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
 
 
-def get(address: str) -> Backend:
-    """The backend of that name, on a shard of the vocabulary if it is the `Shard.address` of one.
+def get(name: str) -> Backend:
+    """The backend of that name. `reference` is not among them, since autograd alone serves it."""
+    return _TABLE[name]
 
-    `reference` is not among them, since autograd alone serves it.
+
+def vocabulary(address: str) -> Vocabulary:
+    """The vocabulary as an operator's argument names it.
+
+    It is a backend's name for all of it, or `name@part:fields` for a part that was registered.
     """
-    name, shard = Shard.of(address)
-    return _TABLE[name] if shard is None else ShardBackend(name, _TABLE[name], shard)
+    whole = _WHOLE.get(address)
+    if whole is not None:
+        return whole
+    name, _, rest = address.partition("@")
+    part, _, fields = rest.partition(":")
+    return _PARTS[part](_TABLE[name], fields)
+
+
+def name_of(address: str) -> str:
+    """The name of the backend in an operator's argument."""
+    return address.partition("@")[0]
+
+
+def register_part(name: str, part: Callable[[Backend, str], Vocabulary]) -> None:
+    """Has the address `backend@name:fields` mean part(backend, fields)."""
+    _PARTS[name] = part
+
+
+def checks_targets(name: str) -> bool:
+    """Whether a backend raises for a target out of range by itself."""
+    return name == "reference" or get(name).checks_targets
 
 
 def resolve(name: str | None, logits: Tensor) -> str:

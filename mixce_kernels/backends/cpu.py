@@ -11,7 +11,8 @@ from torch import Tensor
 from mixce_kernels.backends import native
 from mixce_kernels.backends.layout import flat
 from mixce_kernels.backends.results import Results
-from mixce_kernels.options import TokenOptions, accumulate_dtype, raise_bad_target
+from mixce_kernels.checks import raise_bad_target
+from mixce_kernels.options import TokenOptions, accumulate_dtype
 
 if native.MISSING is None:
     from mixce_kernels import _C

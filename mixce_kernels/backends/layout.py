@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 
@@ -67,22 +66,6 @@ def overlaps_itself(tensor: Tensor) -> bool:
 def materialized(tensor: Tensor) -> Tensor:
     """The tensor as its memory holds it: one with its negative bit set, or zeros without memory, is copied."""
     return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
-
-
-def check_overwritable(logits: Tensor) -> None:
-    """Raises ValueError where the gradient would overwrite a leaf of the graph, which PyTorch refuses to write to, too.
-
-    A parameter would become its own gradient.
-    """
-    # Where two rows share memory there is no place for two gradients, and nothing is overwritten.
-    if not logits.requires_grad or not torch.is_grad_enabled() or overlaps_itself(logits):
-        return
-    for tensor, name in ((logits, "a leaf"), (logits._base, "a view of a leaf")):
-        if tensor is not None and tensor.is_leaf and tensor.requires_grad:
-            raise ValueError(
-                "expected logits that were computed for inplace_backward, whose gradient takes their memory, "
-                f"got {name} that requires a gradient"
-            )
 
 
 def flat(tensor: Tensor) -> tuple[Tensor, int]:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixce_kernels.checks import TARGET_DTYPES
 from mixce_kernels.integrations.output_embeddings import output_embeddings, weight_and_bias
-from mixce_kernels.options import TARGET_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mixce_kernels.options import LOGITS_DTYPES, has_dtensor
+from mixce_kernels.checks import has_dtensor
+from mixce_kernels.options import LOGITS_DTYPES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

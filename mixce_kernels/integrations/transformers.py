@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from mixce_kernels.functional import fused_mixce_loss
+from mixce_kernels.functional import linear_mixce_loss, mixce_loss
 from mixce_kernels.integrations.causal_lm import CausalLMHead, next_token_targets, without_cache
 from mixce_kernels.integrations.metrics import TokenMetrics
 from mixce_kernels.integrations.output_embeddings import is_own_forward, output_embeddings, weight_and_bias
 from mixce_kernels.integrations.versions import require
-from mixce_kernels.linear.loss import fused_linear_mixce_loss
 from mixce_kernels.modules import LinearMixCELoss, MixCELoss
+from mixce_kernels.options import LossOptions
+from mixce_kernels.parallel.shard import Sharding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,19 +41,17 @@ class _CausalLMLoss:
         if not isinstance(metrics, (TokenMetrics, type(None))):
             raise TypeError(f"expected metrics to be a TokenMetrics or None, got {type(metrics).__name__}")
         self.eta = checked.eta
-        self.options = checked.options
+        self.options = checked.options._replace(return_stats=metrics is not None)
         self.metrics = metrics
 
-    def _arguments(
+    def _for_batch(
         self, values: Tensor, num_items_in_batch: float | Tensor | None, ignore_index: int | None
-    ) -> dict[str, Any]:
-        """The keywords of the function for a batch of logits or hidden states."""
+    ) -> tuple[float | Tensor, LossOptions]:
+        """Eta and the options for a batch of logits or hidden states."""
         # The last of a model's devices need not be the one that eta was made for.
         eta = self.eta.to(values.device, non_blocking=True) if isinstance(self.eta, Tensor) else self.eta
-        arguments = {**self.options, "eta": eta, "num_items_in_batch": num_items_in_batch}
-        if ignore_index is not None:
-            arguments["ignore_index"] = ignore_index
-        return {**arguments, "return_stats": self.metrics is not None}
+        options = self.options._replace(num_items_in_batch=num_items_in_batch)
+        return eta, options if ignore_index is None else options._replace(ignore_index=ignore_index)
 
     def _measured(self, result: Any, targets: Tensor, ignore_index: int) -> Tensor:
         """The loss alone; its statistics go to the metrics."""
@@ -158,9 +157,9 @@ class MixCEForCausalLMLoss(_CausalLMLoss):
         logits = logits_of(logits)
         if vocab_size is not None and logits.shape[-1:] != (vocab_size,):
             raise ValueError(f"expected logits of shape [..., T, {vocab_size}], got {list(logits.shape)}")
-        arguments = self._arguments(logits, num_items_in_batch, ignore_index)
-        targets = next_token_targets(logits, labels, shift_labels, arguments["ignore_index"], "logits")
-        return self._measured(fused_mixce_loss(logits, targets, **arguments), targets, arguments["ignore_index"])
+        eta, options = self._for_batch(logits, num_items_in_batch, ignore_index)
+        targets = next_token_targets(logits, labels, shift_labels, options.ignore_index, "logits")
+        return self._measured(mixce_loss(logits, targets, eta, options), targets, options.ignore_index)
 
 
 class LinearMixCEForCausalLMLoss(_CausalLMLoss):
@@ -180,6 +179,7 @@ class LinearMixCEForCausalLMLoss(_CausalLMLoss):
         self.defaults = without_cache(model.get_submodule(self.head.backbone))
         checked = LinearMixCELoss(eta, logit_scale=self.head.logit_scale, softcap=self.head.softcap, **options)
         super().__init__(checked, metrics)
+        self.linear = checked.linear
 
     def __call__(
         self,
@@ -194,10 +194,10 @@ class LinearMixCEForCausalLMLoss(_CausalLMLoss):
         weight, bias = weight_and_bias(output_embeddings(model))
         # The backbone may end on another device.
         hidden = hidden.to(weight.device)
-        arguments = self._arguments(hidden, num_items_in_batch, ignore_index)
-        targets = next_token_targets(hidden, labels, shift_labels, arguments["ignore_index"], "hidden states")
-        result = fused_linear_mixce_loss(hidden, weight, targets, bias=bias, **arguments)
-        return self._measured(result, targets, arguments["ignore_index"])
+        eta, options = self._for_batch(hidden, num_items_in_batch, ignore_index)
+        targets = next_token_targets(hidden, labels, shift_labels, options.ignore_index, "hidden states")
+        result = linear_mixce_loss(hidden, weight, bias, targets, eta, options, self.linear, Sharding())
+        return self._measured(result, targets, options.ignore_index)
 
 
 def with_linear_mixce_loss(

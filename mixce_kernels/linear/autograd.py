@@ -10,77 +10,70 @@ from torch import Tensor
 from mixce_kernels import backends
 from mixce_kernels.autocast import without_autocast
 from mixce_kernels.linear import ops
-from mixce_kernels.linear.ops import N_SHARED, Inputs
-from mixce_kernels.logits.autograd import Differentiable, is_plain, looped
-from mixce_kernels.parallel.collectives import copy_to
-from mixce_kernels.parallel.reference import token_losses_of
+from mixce_kernels.linear.chunks import LinearCall
+from mixce_kernels.linear.ops import LinearForward, LinearForwardWithGrad, LinearGrad
+from mixce_kernels.operators import Differentiable, is_plain
 from mixce_kernels.reference import linear_logits
 
-# Hidden states, weight and bias come first among the arguments, and nothing else is differentiated.
-_N_DIFFERENTIATED = 3
+Grads = dict[str, Tensor | None]
+# Nothing else is differentiated.
+_NAMES = ("hidden", "weight", "bias")
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], *others: Tensor | None) -> None:
-    """Keeps the tensors for backward, under whatever hooks there are, and the other arguments."""
-    hidden, weight, bias, targets, eta, *ctx.rest = inputs[:N_SHARED]
-    ctx.n_inputs = len(inputs)
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, targets, eta, *others)
-
-
-def _shared(ctx: Any) -> tuple[tuple[Any, ...], tuple[Tensor, ...]]:
-    """The arguments that the operators share, and the other saved tensors."""
-    hidden, weight, bias, targets, eta, *others = ctx.saved_tensors  # once: a checkpoint's hooks recompute them
-    return (hidden, weight, bias, targets, eta, *ctx.rest), tuple(others)
-
-
-def _forward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _forward_context(ctx: Any, args: LinearForward, output: tuple[Tensor, ...]) -> None:
     _, state, stats, correct = output
     ctx.mark_non_differentiable(state, stats, correct)
-    _save(ctx, inputs, state)
+    ctx.set_materialize_grads(False)
+    ops.LINEAR_FORWARD.fields.save(ctx, args, state)
 
 
-def _forward_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> tuple[Tensor | None, ...]:
+def _forward_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Grads:
     if grad_loss is None:
-        return (None,) * ctx.n_inputs
-    shared, (state,) = _shared(ctx)
-    return _all_grads(ctx, _computed_grads(ctx, shared, state, grad_loss))
+        return {}
+    args, (state,) = ops.LINEAR_FORWARD.fields.saved(ctx)
+    return _computed_grads(ctx, args.call, state, grad_loss)
 
 
-def _with_grad_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _with_grad_context(ctx: Any, args: LinearForwardWithGrad, output: tuple[Tensor, ...]) -> None:
     _, state, stats, correct, *grads = output
     ctx.mark_non_differentiable(state, stats, correct, *grads)
+    ctx.set_materialize_grads(False)
     ctx.spent = False
-    _save(ctx, inputs, state, inputs[N_SHARED + 1], *grads)
+    ops.LINEAR_FORWARD_WITH_GRAD.fields.save(ctx, args, state, *grads)
 
 
-def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> tuple[Tensor | None, ...]:
+def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Grads:
     if grad_loss is None:
-        return (None,) * ctx.n_inputs
-    shared, (state, token_scale, *grads) = _shared(ctx)
+        return {}
+    args, (state, *grads) = ops.LINEAR_FORWARD_WITH_GRAD.fields.saved(ctx)
+    call = args.call
     if ctx.spent or torch.is_grad_enabled():
         # The gradients of forward were scaled by an earlier backward, or a graph of them is asked for.
-        return _all_grads(ctx, _computed_grads(ctx, shared, state, token_scale * grad_loss))
+        return _computed_grads(ctx, call, state, args.token_scale * grad_loss)
     # A batch that has no valid token has gradient 0, which NaN or infinity must not multiply, nor a row without one.
-    valid = shared[3] != Inputs(shared).options.ignore_index
+    valid = call.targets != call.options.ignore_index
     row_factor = torch.where(valid, grad_loss, 1.0)
     factor = torch.where(valid.any(), grad_loss, 1.0)
     in_place = all(is_plain(tensor) for tensor in (grads[0], grad_loss))
     # Before they are scaled, so that nothing scales them twice.
     ctx.spent = in_place
-    found: list[Tensor | None] = []
-    for one, grad, scale, needed in zip(
-        shared, grads, (row_factor, factor, factor), ctx.needs_input_grad, strict=False
-    ):
-        if not needed:
-            found.append(None)
-        elif in_place:
-            found.append(_scaled_in_place(grad, scale, Inputs(shared).backend_name).to(one.dtype))
-        else:
-            # Traced: a compiler plans the memory itself, and wants no output of the forward written to. Or batched.
-            scale = scale.unsqueeze(-1) if scale.dim() < grad.dim() and scale.dim() > 0 else scale
-            found.append((grad * scale.to(grad.dtype)).to(one.dtype))
-    return _all_grads(ctx, found)
+    found: Grads = {}
+    for name, grad, scale, needed in zip(_NAMES, grads, (row_factor, factor, factor), _wanted(ctx), strict=True):
+        if needed:
+            scaled = _scaled_in_place(grad, scale, call.backend) if in_place else _scaled(grad, scale)
+            found[name] = scaled.to(getattr(call, name).dtype)
+    return found
+
+
+def _wanted(ctx: Any) -> list[bool]:
+    """Which of the gradients by hidden states, weight and bias are needed: they come first among the arguments."""
+    return list(ctx.needs_input_grad[: len(_NAMES)])
+
+
+def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
+    """For a gradient that is traced, since a compiler wants no output of the forward written to, or batched."""
+    scale = scale.unsqueeze(-1) if 0 < scale.dim() < grad.dim() else scale
+    return grad * scale.to(grad.dtype)
 
 
 def _scaled_in_place(grad: Tensor, scale: Tensor, backend: str) -> Tensor:
@@ -88,43 +81,56 @@ def _scaled_in_place(grad: Tensor, scale: Tensor, backend: str) -> Tensor:
     rows = grad.unsqueeze(0) if grad.dim() == 1 else grad
     # Not by the operator, which would tell autograd: `ctx.spent` does, and lets a second backward pass.
     if rows.numel() > 0:
-        backends.get(backend).scale_rows_(rows, scale.expand(rows.shape[0]))
+        backends.get(backends.name_of(backend)).scale_rows_(rows, scale.expand(rows.shape[0]))
     # With a version of its own: whoever accumulates into it has not changed a saved tensor.
     return grad.data
 
 
-def _computed_grads(ctx: Any, shared: tuple[Any, ...], state: Tensor, grad_loss: Tensor) -> list[Tensor | None]:
+def _computed_grads(ctx: Any, call: LinearCall, state: Tensor, grad_loss: Tensor) -> Grads:
     """The gradients of sum(grad_loss * loss), computed anew."""
-    wanted = list(ctx.needs_input_grad[:_N_DIFFERENTIATED])
+    wanted = _wanted(ctx)
     if torch.is_grad_enabled():
-        return _differentiable_grads(Inputs(shared), grad_loss, wanted)
-    grads = torch.ops.mixce_kernels.linear_grad(*shared, state, grad_loss, wanted)
-    return [grad.to(one.dtype) if want else None for one, grad, want in zip(shared, grads, wanted, strict=False)]
+        return _differentiable_grads(call, grad_loss, wanted)
+    grads = ops.LINEAR_GRAD.dispatched(*ops.LINEAR_GRAD.fields.flat(LinearGrad(call, state, grad_loss, wanted)))
+    return {
+        name: grad.to(getattr(call, name).dtype) for name, grad, want in zip(_NAMES, grads, wanted, strict=True) if want
+    }
 
 
-def _differentiable_grads(inputs: Inputs, grad_loss: Tensor, wanted: list[bool]) -> list[Tensor | None]:
+def _differentiable_grads(call: LinearCall, grad_loss: Tensor, wanted: list[bool]) -> Grads:
     """The gradients with a graph of their own, by PyTorch through the plain formula on all logits at once."""
-    with without_autocast(inputs.hidden):
+    vocabulary = backends.vocabulary(call.backend)
+    with without_autocast(call.hidden):
         # Views of their own: autograd.grad below must stop here.
-        leaves = [
-            one.view_as(one) if want and one is not None else one
-            for one, want in zip((inputs.hidden, inputs.weight, inputs.bias), wanted, strict=True)
-        ]
-        hidden, weight, bias = leaves
-        if inputs.shard is not None:
-            hidden = copy_to(inputs.shard.group, hidden.to(inputs.dtype))
-        valid = inputs.targets != inputs.options.ignore_index
-        logits = linear_logits(hidden, weight, bias, valid, inputs.compute_dtype)
-        eta = inputs.eta_value if inputs.eta is None else inputs.eta
-        loss, _ = token_losses_of(inputs.backend)(logits, inputs.targets, eta, inputs.options)
-        sources = [one for one, want in zip(leaves, wanted, strict=True) if want]
-        found = iter(torch.autograd.grad(loss, sources, grad_loss, create_graph=True))
-        return [next(found) if want else None for want in wanted]
+        leaves = {
+            name: getattr(call, name).view_as(getattr(call, name))
+            for name, want in zip(_NAMES, wanted, strict=True)
+            if want
+        }
+        one = call._replace(**leaves)
+        hidden = vocabulary.shared(one.hidden, call.dtype)
+        valid = call.targets != call.options.ignore_index
+        logits = linear_logits(hidden, one.weight, one.bias, valid, call.compute_dtype)
+        eta = call.eta_value if call.eta is None else call.eta
+        loss, _ = vocabulary.token_losses(logits, call.targets, eta, call.options)
+        found = torch.autograd.grad(loss, list(leaves.values()), grad_loss, create_graph=True)
+        return dict(zip(leaves, found, strict=True))
 
 
-def _all_grads(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    return *grads, *(None,) * (ctx.n_inputs - _N_DIFFERENTIATED)
+def _looped(operator: Differentiable[Any], size: int, dims: dict[str, int | None], args: Any) -> Any:
+    """`torch.vmap` of an operator that sums over tokens: a call for each entry."""
+    names, values = operator.fields.names, operator.fields.flat(args)
+    results = []
+    for i in range(size):
+        entry = (
+            value.select(dim, i) if isinstance(dim := dims[name], int) else value
+            for name, value in zip(names, values, strict=True)
+        )
+        results.append(operator(operator.fields.of(tuple(entry))))
+    return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
-linear_forward = Differentiable(ops.linear_forward, _forward_context, _forward_backward, looped)
-linear_forward_with_grad = Differentiable(ops.linear_forward_with_grad, _with_grad_context, _with_grad_backward, looped)
+linear_forward = Differentiable(ops.LINEAR_FORWARD, _forward_context, _forward_backward, _looped)
+linear_forward_with_grad = Differentiable(
+    ops.LINEAR_FORWARD_WITH_GRAD, _with_grad_context, _with_grad_backward, _looped
+)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels import backends
-from mixce_kernels.backends.results import empty_results
+from mixce_kernels.backends.results import Results, empty_results
 from mixce_kernels.linear.matmul import Products, padded_empty, products
 from mixce_kernels.options import TokenOptions, accumulate_dtype
 
@@ -21,29 +21,41 @@ from mixce_kernels.options import TokenOptions, accumulate_dtype
 # reading the weight and adding to its gradient takes less time than multiplying.
 DEFAULT_CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 2**30}
 
-# Of hidden states, weight and bias, in the type of accumulation; None where not wanted.
-Grads = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+class Grads(NamedTuple):
+    """The gradients by hidden states, weight and bias, in the type of accumulation; None where not wanted."""
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
 
 
-class Call(NamedTuple):
-    """What forward and backward of a call share."""
+class LinearCall(NamedTuple):
+    """What the operators of the linear loss share: tensors, options, and how it is computed."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     targets: Tensor  # [N]
+    eta: Tensor | None  # [N]
+    eta_value: float  # used where eta is None
     options: TokenOptions
     compute_dtype: torch.dtype  # of the products' operands
     max_chunk_bytes: int | None
-    drop_ignored: bool
-    backend: str  # its name or address
-    # What chunks are sized for, where ranks whose weights differ must have the same number of them; else the weight.
-    nominal_columns: int | None = None
+    drop_ignored: bool  # whether ignored rows leave the products
+    path: str
+    backend: str  # what `backends.vocabulary` takes
 
     @property
     def dtype(self) -> torch.dtype:
         """Of logits, losses and gradients while they are added up."""
         return accumulate_dtype(self.compute_dtype)
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Hidden states, weight, bias and targets as the path "tiles" takes them: of one type, rows contiguous."""
+        hidden, weight = (one.to(self.compute_dtype) for one in (self.hidden, self.weight))
+        hidden, weight = (one if one.stride(-1) == 1 else one.contiguous() for one in (hidden, weight))
+        return hidden, weight, self.bias, self.targets
 
 
 def rows_per_chunk(n_rows: int, vocab_size: int, bytes_per_logit: int, max_bytes: int) -> int:
@@ -56,25 +68,26 @@ def rows_per_chunk(n_rows: int, vocab_size: int, bytes_per_logit: int, max_bytes
 
 
 def forward(
-    call: Call,
-    eta: Tensor | None,  # [N]
-    eta_value: float,
-    results: tuple[Tensor, ...],  # loss [N], state [5, N], stats [5, N] or [0], correct [N] or [0]: written
+    call: LinearCall,
+    columns: int,
+    results: Results,  # of N tokens, written
     token_scale: Tensor | None,  # [N], with grads
     grads: Grads,  # written, of sum(token_scale * loss)
 ) -> None:
-    """Losses, state and statistics of the tokens, and with `token_scale` the gradients of their weighted sum."""
-    backend = backends.get(call.backend)
-    with_stats = results[2].shape[0] > 0
-    chunks = _Chunks(call, token_scale, grads)
+    """Losses, state and statistics of the tokens, and with `token_scale` the gradients of their weighted sum.
+
+    Chunks are sized for `columns`: whoever has another part of the vocabulary must have as many chunks.
+    """
+    kernels = backends.vocabulary(call.backend).kernels
+    chunks = _Chunks(call, columns, token_scale, grads)
     if chunks.kept is not None:
         for result in results:
             result.zero_()
     for chunk in chunks:
-        part = empty_results(chunk.logits, chunk.targets, with_stats)
-        chunk_eta = None if eta is None else chunk.of(eta)
+        part = empty_results(chunk.logits, chunk.targets, results.with_stats)
+        eta = None if call.eta is None else chunk.of(call.eta)
         grad_logits = None if token_scale is None else chunk.logits
-        backend.forward(chunk.logits, chunk.targets, chunk_eta, eta_value, call.options, part, chunk.scale, grad_logits)
+        kernels.forward(chunk.logits, chunk.targets, eta, call.eta_value, call.options, part, chunk.scale, grad_logits)
         for result, its_part in zip(results, part, strict=True):
             if its_part.numel() > 0:
                 result[..., chunk.rows] = its_part
@@ -84,18 +97,19 @@ def forward(
 
 
 def grad(
-    call: Call,
-    state: Tensor,  # [5, N]
+    call: LinearCall,
+    columns: int,
+    state: Tensor,  # [STATE_WIDTH, N]
     grad_loss: Tensor,  # [N]
-    grads: Grads,
+    grads: Grads,  # written
 ) -> None:
     """The gradients of sum(grad_loss * loss), from the state of the forward; the logits are computed once more."""
-    backend = backends.get(call.backend)
-    chunks = _Chunks(call, grad_loss, grads)
+    kernels = backends.vocabulary(call.backend).kernels
+    chunks = _Chunks(call, columns, grad_loss, grads)
     for chunk in chunks:
         assert chunk.scale is not None
         chunk_state = chunk.of(state).contiguous()
-        backend.logits_grad(chunk.logits, chunk.targets, chunk_state, chunk.scale, call.options, chunk.logits)
+        kernels.logits_grad(chunk.logits, chunk.targets, chunk_state, chunk.scale, call.options, chunk.logits)
         chunks.add_grads(chunk)
     chunks.finish_grads()
 
@@ -117,8 +131,9 @@ class _Chunk(NamedTuple):
 class _Chunks:
     """The chunks of a call, each with its logits; their gradients, once they are made, are added up here."""
 
-    def __init__(self, call: Call, scale: Tensor | None, grads: Grads) -> None:
+    def __init__(self, call: LinearCall, columns: int, scale: Tensor | None, grads: Grads) -> None:
         self.call = call
+        self.columns = max(columns, 1)
         self.scale = scale
         self.grad_hidden, self.grad_weight, self.grad_bias = grads
         device_type = call.hidden.device.type
@@ -142,9 +157,8 @@ class _Chunks:
         call = self.call
         n_rows = len(call.targets if self.kept is None else self.kept)
         vocab_size = call.weight.shape[0]
-        nominal = max(vocab_size, 1) if call.nominal_columns is None else call.nominal_columns
-        budget = self.budget - self.products.bytes_besides(nominal)
-        size = rows_per_chunk(n_rows, nominal, self.products.bytes_per_logit, budget)
+        budget = self.budget - self.products.bytes_besides(self.columns)
+        size = rows_per_chunk(n_rows, self.columns, self.products.bytes_per_logit, budget)
         buffer = padded_empty(min(size, n_rows), vocab_size, call.dtype, call.hidden.device)
         for begin in range(0, n_rows, size):
             rows: slice | Tensor = slice(begin, min(begin + size, n_rows))

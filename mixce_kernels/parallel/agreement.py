@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 import zlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,48 +30,54 @@ class Layout(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """A call, as numbers: first the rank's own, then all that must be the same on every rank."""
+    """A rank's call, for comparison with those of the other ranks."""
 
     columns: Columns
     width: int  # the columns with their padding
-    contents: float  # see `contents_of`; NaN: nothing that could be compared
-    tokens: int
-    vocab_size: int  # -1: as many as the ranks hold together
-    dtype: int  # in LOGITS_DTYPES
-    eta: float  # NaN where it is a tensor
-    ignore_index: int
-    label_smoothing: float
-    z_loss: float
-    softcap: float  # 0: none
-    logit_scale: float
-    return_stats: bool
-    reduction: int = 0  # in REDUCTIONS
-    token_weights: bool = False
-    hidden_size: int = 0  # 0: the call has logits
-    hidden_grad: bool = False  # whether the ranks meet in backward, too
-    max_chunk_bytes: int = 0  # 0: none
-    reference: bool = False  # the backend of that name, which meets the others otherwise
-    validate: bool = False
+    same: dict[str, Any]  # what must be the same on every rank, by name
+    contents: float = math.nan  # see `contents_of`; NaN: nothing that could be compared
 
     @property
-    def known_vocab_size(self) -> int | None:
+    def vocab_size(self) -> int | None:
         """The size of the vocabulary where the caller named it."""
-        return int(self.vocab_size) if self.vocab_size >= 0 else None
+        return self.same["vocab_size"]
 
     def digest(self) -> int:
         """31 bits of what must be the same."""
-        return zlib.crc32(repr(list(map(float, self[3:]))).encode()) & 0x7FFFFFFF
+        return zlib.crc32(repr([_number(value) for value in self.same.values()]).encode()) & 0x7FFFFFFF
 
-    def exchanged(self, group: dist.ProcessGroup, device: torch.device) -> list[Signature]:
-        """Those of all ranks, by one small collective, which a GPU's host waits for."""
-        own = torch.tensor(self._numbers(), dtype=torch.float64, device=device)
+    def exchanged(self, group: dist.ProcessGroup, device: torch.device) -> list[_Told]:
+        """Those of all ranks in numbers, by one small collective, which a GPU's host waits for."""
+        numbers = (*self.columns, self.width, self.contents, *map(_number, self.same.values()))
+        own = torch.tensor(numbers, dtype=torch.float64, device=device)
         return [
-            Signature(Columns(int(start), int(number)), int(width), *rest)
-            for start, number, width, *rest in all_gather(own, group).tolist()
+            _Told(Columns(int(start), int(number)), int(width), contents, same)
+            for start, number, width, contents, *same in all_gather(own, group).tolist()
         ]
 
-    def _numbers(self) -> list[float]:
-        return [float(number) for number in (*self.columns, *self[1:])]
+
+class _Told(NamedTuple):
+    """A signature as another rank tells it."""
+
+    columns: Columns
+    width: int
+    contents: float
+    same: list[float]
+
+
+# None in numbers: no option is as small.
+_NONE = -math.inf
+
+
+def _number(value: Any) -> float:
+    """A fact of a call as a number; NaN for a tensor, whose values are not compared."""
+    if value is None:
+        return _NONE
+    if isinstance(value, Tensor):
+        return math.nan
+    if isinstance(value, torch.dtype):
+        return float(LOGITS_DTYPES.index(value))
+    return float(REDUCTIONS.index(value) if isinstance(value, str) else value)
 
 
 # The groups whose ranks have made the same call once.
@@ -101,15 +107,16 @@ def layout(signature: Signature, group: dist.ProcessGroup, values: Tensor, *, ch
     """
     if check and group not in _met and group.size() > 1:
         signature = signature._replace(contents=contents_of(values))
-    signatures = signature.exchanged(group, values.device)
-    known_size = signature.known_vocab_size
+    ranks = signature.exchanged(group, values.device)
     if check:
-        _check_same(signatures)
-        check_partition([other.columns for other in signatures], known_size)
-        _check_not_gathered(signatures)
+        _check_same(signature, ranks)
+        check_partition([rank.columns for rank in ranks], signature.vocab_size)
+        _check_not_gathered(signature, ranks)
         _met.add(group)
-    vocab_size = sum(other.columns.number for other in signatures) if known_size is None else known_size
-    return Layout(vocab_size, max(other.width for other in signatures))
+    vocab_size = signature.vocab_size
+    if vocab_size is None:
+        vocab_size = sum(rank.columns.number for rank in ranks)
+    return Layout(vocab_size, max(rank.width for rank in ranks))
 
 
 def contents_of(values: Tensor) -> float:
@@ -127,30 +134,28 @@ def contents_of(values: Tensor) -> float:
     return float((some * torch.arange(1, len(some) + 1, device=some.device)).sum())
 
 
-def _check_same(signatures: list[Signature]) -> None:
+def _check_same(signature: Signature, ranks: list[_Told]) -> None:
     """Raises ValueError where a rank's call is another than that of rank 0."""
-    names = Signature._fields[3:]
-    for rank, other in enumerate(signatures):
-        for name, expected, got in zip(names, signatures[0][3:], other[3:], strict=True):
+    for rank, other in enumerate(ranks):
+        for (name, own), expected, got in zip(signature.same.items(), ranks[0].same, other.same, strict=True):
             # NaN is equal to NaN here.
             if repr(expected) != repr(got):
                 raise ValueError(
                     f"expected the same {_NAMES.get(name, name)} on every rank of the group, got "
-                    f"{_shown(name, expected)} on rank 0 and {_shown(name, got)} on rank {rank}"
+                    f"{_shown(name, own, expected)} on rank 0 and {_shown(name, own, got)} on rank {rank}"
                 )
 
 
-def _check_not_gathered(signatures: list[Signature]) -> None:
+def _check_not_gathered(signature: Signature, ranks: list[_Told]) -> None:
     """Raises ValueError where every rank has the whole vocabulary, and says that it has columns of its own.
 
     Where nobody says how large the vocabulary is, all that shows it is that the ranks have the same values.
     """
-    own, n_ranks = signatures[0], len(signatures)
-    if n_ranks == 1 or any((other.width, other.contents) != (own.width, own.contents) for other in signatures):
+    own, n_ranks, vocab_size = ranks[0], len(ranks), signature.vocab_size
+    if n_ranks == 1 or any((rank.width, rank.contents) != (own.width, own.contents) for rank in ranks):
         return
-    vocab_size = own.known_vocab_size
     what, whole = ("weight", "fused_linear_mixce_loss without a group")
-    if own.hidden_size == 0:
+    if signature.same["hidden_size"] == 0:
         what, whole = "logits", "fused_mixce_loss"
     if vocab_size is None:
         raise ValueError(
@@ -189,17 +194,18 @@ _NAMES = {
 }
 
 
-def _shown(name: str, value: float) -> str:
-    if name == "reduction":
-        return REDUCTIONS[int(value)]
-    if name == "dtype":
-        return str(LOGITS_DTYPES[int(value)])
-    if name in ("return_stats", "hidden_grad", "reference", "validate"):
-        return str(bool(value))
-    if name == "token_weights":
-        return "some" if value else "none"
-    if (name in ("softcap", "max_chunk_bytes") and value == 0) or (name == "vocab_size" and value < 0):
+def _shown(name: str, own: Any, number: float) -> str:
+    """What a rank's number says, of a fact that is `own` here."""
+    if number == _NONE:
         return "None"
-    if name == "eta" and value != value:
+    if name == "token_weights":
+        return "some" if number else "none"
+    if isinstance(own, bool):
+        return str(bool(number))
+    if isinstance(own, torch.dtype):
+        return str(LOGITS_DTYPES[int(number)])
+    if isinstance(own, str):
+        return REDUCTIONS[int(number)]
+    if math.isnan(number):
         return "a tensor"
-    return f"{value:g}" if value != int(value) else str(int(value))
+    return f"{number:g}" if number != int(number) else str(int(number))

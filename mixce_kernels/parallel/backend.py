@@ -12,148 +12,76 @@ integers a call, which tell the ranks that they are making the same call.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixce_kernels import backends
 from mixce_kernels.backends.base import Backend
 from mixce_kernels.backends.results import Results
-from mixce_kernels.options import (
-    LOGITS_DTYPES,
-    REDUCTIONS,
-    TokenOptions,
-    check_values,
-    concrete,
-    raise_bad_target,
-)
+from mixce_kernels.backends.vocabulary import CallFacts, Vocabulary
+from mixce_kernels.checks import raise_bad_target
+from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel import agreement
 from mixce_kernels.parallel.agreement import Columns, Signature
-from mixce_kernels.parallel.collectives import all_gather, group_of
+from mixce_kernels.parallel.collectives import all_gather, copy_to
 from mixce_kernels.parallel.merge import MergedStats, local_targets, merged, narrowed, numbers_per_token, write_part
+from mixce_kernels.parallel.reference import sharded_token_losses
+from mixce_kernels.parallel.shard import Shard
+from mixce_kernels.stats import MixCEStats
 from mixce_kernels.token_terms import TokenTerms, token_terms
 
 _HEADER = 3  # digest of the call, first column, number of columns
 
 
-class Shard(NamedTuple):
-    """Which columns of the vocabulary a rank of a group holds, and what its call has in common with the others'."""
+class ShardVocabulary(Vocabulary):
+    """The vocabulary of a group's ranks, served by another backend's kernels on the columns of this one."""
 
-    group_name: str
-    vocab_start: int
-    vocab_size: int | None = None  # columns from there on are padding
-    check_group: bool = True
-    reduction: str = "none"
-    token_weights: bool = False
-    hidden_grad: bool = False
+    def __init__(self, backend: Backend, shard: Shard) -> None:
+        super().__init__(ShardBackend(backend, shard))
+        self.shard = shard
 
-    @property
-    def group(self) -> dist.ProcessGroup:
-        """The process group."""
-        return group_of(self.group_name)
+    def token_losses(
+        self, logits: Tensor, targets: Tensor, eta: float | Tensor, options: TokenOptions
+    ) -> tuple[Tensor, MixCEStats]:
+        return sharded_token_losses(self.shard, logits, targets, eta, options)
 
-    def columns(self, width: int) -> Columns:
-        """Those of `width` logits a row that are not padding."""
-        if self.vocab_size is None:
-            return Columns(self.vocab_start, width)
-        return Columns(self.vocab_start, min(max(self.vocab_size - self.vocab_start, 0), width))
-
-    def address(self, backend: str) -> str:
-        """The name by which operators know a backend that works on this shard."""
-        start, vocab_size = concrete(self.vocab_start), concrete(self._vocab_size)
-        check, reduction, weights = int(self.check_group), REDUCTIONS.index(self.reduction), int(self.token_weights)
-        numbers = f"{start},{vocab_size},{check},{reduction},{weights},{int(self.hidden_grad)}"
-        return f"{backend}@{numbers},{self.group_name}"
-
-    @property
-    def _vocab_size(self) -> int:
-        return -1 if self.vocab_size is None else self.vocab_size
-
-    @classmethod
-    def of(cls, address: str) -> tuple[str, Shard | None]:
-        """The backend and the shard that an address names; None for a whole vocabulary."""
-        backend, _, fields = address.partition("@")
-        if not fields:
-            return backend, None
-        *numbers, group_name = fields.split(",", 6)
-        start, vocab_size, check, reduction, *flags = map(int, numbers)
-        known_size = None if vocab_size < 0 else vocab_size
-        return backend, cls(group_name, start, known_size, bool(check), REDUCTIONS[reduction], *map(bool, flags))
-
-    def signature(
-        self,
-        width: int,
-        tokens: int,
-        dtype: torch.dtype,
-        eta: float | Tensor,
-        options: TokenOptions,
-        with_stats: bool,
-        *,
-        hidden_size: int = 0,
-        max_chunk_bytes: int | None = None,
-        reference: bool = False,
-        validate: bool = False,
-    ) -> Signature:
-        """The call on this shard, for comparison with the other ranks'."""
-        return Signature(
-            self.columns(width),
-            width,
-            math.nan,
-            tokens,
-            self._vocab_size,
-            LOGITS_DTYPES.index(dtype),
-            float("nan") if isinstance(eta, Tensor) else eta,
-            options.ignore_index,
-            options.label_smoothing,
-            options.z_loss,
-            options.softcap or 0.0,
-            options.logit_scale,
-            with_stats,
-            REDUCTIONS.index(self.reduction),
-            self.token_weights,
-            hidden_size,
-            self.hidden_grad,
-            max_chunk_bytes or 0,
-            reference,
-            validate,
-        )
-
-    def whole(self, signature: Signature, weight: Tensor) -> tuple[int, int]:
+    def sizes(self, facts: CallFacts, weight: Tensor, *, again: bool = False) -> tuple[int, int]:
         """The size of the vocabulary, and of the widest shard: nominally, if the size is known without asking.
 
         Raises:
             ValueError: on every rank, where the ranks' calls do not fit together.
         """
-        if self.vocab_size is None:
-            layout = agreement.layout(signature, self.group, weight, check=self.check_group)
+        # Whether the calls fit together is known by the time of a backward.
+        shard = self.shard._replace(check_group=False) if again else self.shard
+        signature = shard.signature(weight.shape[0], facts)
+        if shard.vocab_size is None:
+            layout = shard.layout(signature, weight)
             return layout.vocab_size, max(layout.most_columns, 1)
-        if self.check_group:
-            agreement.meet(signature, self.group, weight)
-        return self.vocab_size, -(-self.vocab_size // self.group.size())
+        if shard.check_group:
+            agreement.meet(signature, shard.group, weight)
+        return shard.vocab_size, -(-shard.vocab_size // shard.group.size())
 
-    def check_call(
-        self, signature: Signature, targets: Tensor, eta: float | Tensor, ignore_index: int, values: Tensor
-    ) -> None:
-        """What no kernel checks: whether the ranks' calls fit together, and with `validate` targets and eta.
+    def shared(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        return copy_to(self.shard.group, hidden.to(dtype))
 
-        `values` are the rank's logits, or its rows of the weight.
+    def add_up(self, grad_hidden: Tensor) -> None:
+        dist.all_reduce(grad_hidden, group=self.shard.group)
 
-        Raises:
-            ValueError, IndexError: on every rank, see `agreement.layout` and `options.check_values`.
-        """
-        if signature.validate:
-            layout = agreement.layout(signature, self.group, values, check=self.check_group)
-            check_values(targets, eta, ignore_index, layout.vocab_size)
-        elif self.check_group:
-            agreement.meet(signature, self.group, values)
+
+backends.register_part("shard", lambda backend, fields: ShardVocabulary(backend, Shard.of(fields)))
+
+
+def address_of(backend: str, shard: Shard) -> str:
+    """What operators call a backend on a shard."""
+    return f"{backend}@shard:{shard.fields()}"
 
 
 class ShardBackend:
     """A `Backend` for logits [..., columns of the shard], every rank of the group calling it with the same targets."""
 
-    def __init__(self, name: str, backend: Backend, shard: Shard) -> None:
-        self.name = name
+    def __init__(self, backend: Backend, shard: Shard) -> None:
         self.backend = backend
         self.shard = shard
 
@@ -182,10 +110,10 @@ class ShardBackend:
             IndexError: on every rank, from `cpu`: no rank holds a target.
         """
         shard, group = self.shard, self.shard.group
-        _, state, stats, _ = results
-        with_stats = stats.shape[0] > 0
+        state, with_stats = results.state, results.with_stats
         mixing = eta_value if eta is None else eta
-        signature = shard.signature(logits.shape[-1], targets.numel(), logits.dtype, mixing, options, with_stats)
+        facts = CallFacts(targets.numel(), logits.dtype, mixing, options, with_stats)
+        signature = shard.signature(logits.shape[-1], facts)
         if shard.check_group:
             agreement.meet(signature, group, logits)
         # Each rank's message: the header, and its numbers of each token one after another.
@@ -272,7 +200,7 @@ def _check_headers(headers: Tensor, signature: Signature, group: dist.ProcessGro
     if len(set(digests)) > 1:
         # All ranks know it, and meet once more to tell what differs.
         agreement.layout(signature, group, headers, check=True)
-    agreement.check_partition(list(map(Columns, starts, numbers)), signature.known_vocab_size)
+    agreement.check_partition(list(map(Columns, starts, numbers)), signature.vocab_size)
 
 
 def _raise_not_held(holders: Tensor, targets: Tensor, ignored: Tensor, ignore_index: int, vocab_size: int) -> None:

@@ -11,6 +11,7 @@ from mixce_kernels.backends.base import Backend
 from mixce_kernels.backends.results import empty_results
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel.agreement import Columns
+from mixce_kernels.stats import MixCEStats
 
 # What the kernels of a forward are told instead of a target that is ignored.
 _IGNORED = -100
@@ -47,8 +48,8 @@ def write_part(
     """Writes a rank's numbers of each token.
 
     m, the largest logit; s = log sum exp(z - m); z_y - m, infinite where the rank does not hold the target; with label
-    smoothing the mean of z - m; with statistics the entropy, whose sign is minus where the target is not the first of
-    the rank's largest logits, and with a softcap, which may make different logits equal, the largest before it.
+    smoothing the mean of z - m; with statistics the entropy and whether the target is the first of the rank's
+    largest logits (`with_correct`), and with a softcap, which may make different logits equal, the largest before it.
     """
     smooth = options.label_smoothing > 0
     raw = with_stats and options.softcap is not None
@@ -76,7 +77,7 @@ def write_part(
     if smooth:
         torch.sub(m_and_s[1], loss, out=part[3]).nan_to_num_(0.0, torch.inf, -torch.inf)
     if with_stats:
-        torch.copysign(stats[4], correct.to(part.dtype) - 0.5, out=part[3 + smooth])
+        part[3 + smooth] = with_correct(MixCEStats.of(stats, correct))
     if raw:
         part[-1] = logits.amax(-1)
 
@@ -101,15 +102,25 @@ def merged(parts: Tensor, ranges: Tensor, options: TokenOptions, with_stats: boo
     if with_stats:
         log_shares = log_sums - s
         shares = log_shares.exp()
-        entropies = others[1 if options.label_smoothing > 0 else 0]
-        entropy = torch.where(shares == 0, 0.0, shares * (entropies.abs() - log_shares)).sum(0)
+        entropies, are_largest = without_correct(others[1 if options.label_smoothing > 0 else 0])
+        entropy = torch.where(shares == 0, 0.0, shares * (entropies - log_shares)).sum(0)
         # A rank's largest logit beats the target's where it is larger, or as large and comes before it.
         largest_of = m_of if options.softcap is None else others[-1]
         largest = torch.where(held, largest_of, -torch.inf).amax(0)
         start = torch.where(held, starts, 0).sum(0)
         beaten = (largest_of > largest) | ((largest_of == largest) & (starts < start) & (counts > 0))
-        correct = (held & ~entropies.signbit()).any(0) & ~beaten.any(0)
+        correct = (held & are_largest).any(0) & ~beaten.any(0)
     return MergedStats(m, m if scale == 1 else scale * m, s, d_target, mean_shifted, entropy, correct, held.sum(0))
+
+
+def with_correct(stats: MixCEStats) -> Tensor:
+    """Entropy [...] and `correct` in one number: an entropy is not negative, so minus says that it is not correct."""
+    return torch.copysign(stats.entropy, stats.correct.to(stats.entropy.dtype) - 0.5)
+
+
+def without_correct(number: Tensor) -> tuple[Tensor, Tensor]:
+    """The entropy and `correct` [...] of `with_correct`."""
+    return number.abs(), ~number.signbit()
 
 
 def local_targets(targets: Tensor, columns: Columns) -> Tensor:

@@ -5,24 +5,15 @@ Every sum over the vocabulary is an all-reduce with a derivative of its own.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mixce_kernels.options import TokenOptions, accumulate_dtype
-from mixce_kernels.parallel.backend import Shard
 from mixce_kernels.parallel.collectives import largest, sum_over, total
-from mixce_kernels.reference import mixture, token_losses
+from mixce_kernels.parallel.shard import Shard
+from mixce_kernels.reference import mixture
 from mixce_kernels.stats import MixCEStats
-
-
-def token_losses_of(address: str) -> Callable[..., tuple[Tensor, MixCEStats]]:
-    """`reference.token_losses`, of the shard of the vocabulary that the address of a backend names, or of all of it."""
-    _, shard = Shard.of(address)
-    return token_losses if shard is None else functools.partial(sharded_token_losses, shard)
 
 
 def sharded_token_losses(
@@ -36,23 +27,22 @@ def sharded_token_losses(
 
     A target that no rank holds gives NaN in its row alone.
     """
-    ignore_index, label_smoothing, _, softcap, logit_scale = options
     group = shard.group
     columns = shard.columns(logits.shape[-1])
     logits = logits[..., : columns.number]
-    valid = targets != ignore_index
+    valid = targets != options.ignore_index
     local = targets.long() - columns.start
     here = valid & (local >= 0) & (local < columns.number)
 
     # An ignored row must not reach the graph: 0 * NaN would.
     z = logits.masked_fill(~valid.unsqueeze(-1), 0.0).to(accumulate_dtype(logits.dtype))
-    if softcap is None:
+    if options.softcap is None:
         # The difference comes before the scale: logits near 1e5 keep their digits.
         m = _largest(z, group)
-        d = logit_scale * (z - m.unsqueeze(-1))
-        m = logit_scale * m
+        d = options.logit_scale * (z - m.unsqueeze(-1))
+        m = options.logit_scale * m
     else:
-        z = softcap * torch.tanh(logit_scale * z / softcap)
+        z = options.softcap * torch.tanh(options.logit_scale * z / options.softcap)
         m = _largest(z, group)
         d = z - m.unsqueeze(-1)
     s = sum_over(group, d.exp().sum(-1)).log()
@@ -62,7 +52,7 @@ def sharded_token_losses(
     nll = s - sum_over(group, padded.gather(-1, index).squeeze(-1))
     held = total(here.to(s.dtype), group)
     uniform_ce = nll
-    if label_smoothing > 0.0:
+    if options.label_smoothing > 0.0:
         vocab_size = total(torch.tensor(columns.number, dtype=torch.float64, device=logits.device), group)
         uniform_ce = s - sum_over(group, d.sum(-1)) / vocab_size
     lse = m + s

@@ -1,0 +1,80 @@
+"""The body of the loss of logits: checks the tensors, picks a backend, calls the operator, weighs and reduces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from mixce_kernels import backends, reference
+from mixce_kernels.backends.layout import layout_of, materialized, overlaps_itself
+from mixce_kernels.checks import check_tensors, check_values
+from mixce_kernels.logits import autograd
+from mixce_kernels.logits.ops import Forward, ForwardWithGrad
+from mixce_kernels.logits.overwriting import check_overwritable, hooks_on_saved_tensors, is_transformed
+from mixce_kernels.options import LossOptions, TokenOptions, accumulate_dtype, check_eta
+from mixce_kernels.reduction import Reduction
+from mixce_kernels.stats import MixCEStats
+
+
+def mixce_loss(
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    eta: float | Tensor,
+    options: LossOptions,
+) -> Tensor | tuple[Tensor, MixCEStats]:
+    """`fused_mixce_loss` of plain tensors."""
+    token_options = options.for_tokens()
+    if options.inplace_backward:
+        check_overwritable(logits)
+    check_tensors(logits, targets)
+    eta = check_eta(eta, targets)
+    options.check_reduction(targets)
+    backend = backends.resolve(options.backend, logits)
+    if backend == "reference":
+        return reference.loss_of_logits(logits, targets, eta, options)
+    if options.validate:
+        check_values(targets, eta, token_options.ignore_index, logits.shape[-1])
+    return fused_loss(logits, targets, eta, options, token_options, backend)
+
+
+def fused_loss(
+    logits: Tensor,  # [..., V], or the columns of a part of the vocabulary
+    targets: Tensor,  # [...]
+    eta: float | Tensor,  # a number or of targets' shape
+    options: LossOptions,
+    token_options: TokenOptions,
+    backend: str,  # what `backends.vocabulary` takes
+) -> Tensor | tuple[Tensor, MixCEStats]:
+    """The loss by a backend's kernels, of arguments that were checked before."""
+    reduction = Reduction.of(options, targets, token_options.ignore_index)
+    if not torch.compiler.is_compiling():
+        logits = materialized(logits)
+    if logits.shape[-1] > 0 and layout_of(logits) is None:
+        logits = logits.contiguous()
+    eta_tensor, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
+    wants_grad = logits.requires_grad and torch.is_grad_enabled()
+    # A tensor that wraps another, such as one that a collective has yet to fill, is for the dispatcher to unwrap.
+    wrapped = any(isinstance(one, Tensor) and type(one) not in (Tensor, Parameter) for one in (logits, targets, eta))
+    inplace = options.inplace_backward and wants_grad and not wrapped and not is_transformed()
+    if inplace and overlaps_itself(logits):
+        raise ValueError("expected logits whose rows do not share memory for inplace_backward, got expanded logits")
+
+    if options.grad_in_forward and wants_grad:
+        # The gradient is final only if every factor of a token is known before the kernel runs.
+        overwrite = inplace and hooks_on_saved_tensors() is None
+        call = autograd.forward_with_grad_inplace if overwrite else autograd.forward_with_grad
+        loss, _, stats, correct, *_ = call(
+            ForwardWithGrad(
+                logits, targets, reduction.token_scale(targets), eta_tensor, eta_value, token_options,
+                options.return_stats, backend,
+            )
+        )  # fmt: skip
+        loss = reduction.sum_of(loss)
+    else:
+        loss, _, stats, correct = autograd.forward(
+            Forward(logits, targets, eta_tensor, eta_value, token_options, options.return_stats, inplace, backend)
+        )
+        loss = reduction.apply(loss)
+    loss = loss.to(accumulate_dtype(logits.dtype))
+    return (loss, MixCEStats.of(stats, correct)) if options.return_stats else loss

@@ -1,0 +1,228 @@
+"""Operators of `torch.library` whose arguments are the fields of a record, and the way an eager call reaches them.
+
+A record is a NamedTuple of tensors, numbers and names. Its fields in their order are the operator's schema; those of a
+record within it, as `TokenOptions`, take that one's place. Kernels, derivatives and callers know fields by name.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
+
+from mixce_kernels.backends.layout import materialized
+
+R = TypeVar("R", bound="tuple[Any, ...]")
+
+NAMESPACE = "mixce_kernels"
+library = torch.library.Library(NAMESPACE, "DEF")
+
+_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    bool: "bool",
+    int: "int",
+    int | None: "int?",
+    float: "float",
+    float | None: "float?",
+    str: "str",
+    list[bool]: "bool[]",
+    torch.dtype: "ScalarType",
+}
+
+
+class Fields(Generic[R]):
+    """The fields of a record in a row: as an operator has its arguments."""
+
+    def __init__(self, record: type[R]) -> None:
+        """Takes a NamedTuple whose fields have a type of a schema, or are such records."""
+        self.record = record
+        self.names: list[str] = []
+        self._schemas: list[str] = []
+        # Records within this one, from the first to the last, by their place among its own fields.
+        self._within: list[tuple[int, Fields[Any]]] = []
+        for i, (name, hint) in enumerate(typing.get_type_hints(record).items()):
+            if hint in _TYPES:
+                self.names.append(name)
+                self._schemas.append(_TYPES[hint])
+            else:
+                within = Fields(hint)
+                self._within.append((i, within))
+                self.names += within.names
+                self._schemas += within._schemas
+
+    def schema(self, writes: str | None = None) -> str:
+        """The arguments of an operator that writes to the one of that name."""
+        types = [
+            f"{schema}(a!)" if name == writes else schema
+            for name, schema in zip(self.names, self._schemas, strict=True)
+        ]
+        return ", ".join(f"{schema} {name}" for name, schema in zip(self.names, types, strict=True))
+
+    def flat(self, record: R) -> tuple[Any, ...]:
+        """The arguments of a record in a row."""
+        values: tuple[Any, ...] = record
+        for i, within in reversed(self._within):
+            values = (*values[:i], *within.flat(values[i]), *values[i + 1 :])
+        return values
+
+    def of(self, values: tuple[Any, ...]) -> R:
+        """The record of arguments in a row."""
+        for i, within in self._within:
+            end = i + len(within.names)
+            values = (*values[:i], within.of(values[i:end]), *values[end:])
+        return self.record(*values)
+
+    def save(self, ctx: Any, record: R, *others: Tensor | None) -> None:
+        """Keeps a record, and other tensors, for backward: its tensors under whatever hooks there are."""
+        values = self.flat(record)
+        tensors = [value if isinstance(value, Tensor) else None for value in values]
+        ctx.save_for_backward(*tensors, *others)
+        ctx.values = [None if isinstance(value, Tensor) else value for value in values]
+
+    def saved(self, ctx: Any) -> tuple[R, tuple[Tensor, ...]]:
+        """The record that was kept, and the other tensors."""
+        tensors = ctx.saved_tensors  # once: a checkpoint's hooks recompute them
+        values = (value if kept is None else kept for kept, value in zip(tensors, ctx.values, strict=False))
+        return self.of(tuple(values)), tensors[len(ctx.values) :]
+
+
+class Operator(Generic[R]):
+    """An operator: what it does to a record of arguments, and for a compiler the shapes of what it returns."""
+
+    def __init__(
+        self,
+        kernel: Callable[[R], Any],
+        returns: str,
+        fake: Callable[[R], Any] = lambda _: None,
+        *,
+        writes: str | None = None,
+    ) -> None:
+        """Defines the operator of the kernel's name.
+
+        Args:
+            kernel: takes the record that its argument is annotated with.
+            returns: the schema of what it returns.
+            fake: makes empty tensors of the same shapes.
+            writes: the name of the argument that is written to.
+        """
+        (record,) = (hint for name, hint in typing.get_type_hints(kernel).items() if name != "return")
+        self.name = kernel.__name__
+        self.kernel = kernel
+        self.fields: Fields[R] = Fields(record)
+        library.define(f"{self.name}({self.fields.schema(writes)}) -> ({returns})")
+        library.impl(self.name, self._of_values(kernel), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._of_values(fake), lib=library)
+        # By way of the dispatcher, with the arguments in a row.
+        self.dispatched = getattr(getattr(torch.ops, NAMESPACE), self.name)
+
+    def _of_values(self, function: Callable[[R], Any]) -> Callable[..., Any]:
+        def of_values(*values: Any) -> Any:
+            result = function(self.fields.of(values))
+            return tuple(result) if isinstance(result, tuple) else result
+
+        return of_values
+
+    def __call__(self, record: R) -> Any:
+        """The kernel itself, which autograd does not see."""
+        return self.kernel(record)
+
+
+class Differentiable(Generic[R]):
+    """An operator with its derivative, called through the dispatcher only where somebody listens there.
+
+    A compiler, a dispatch mode or a tensor subclass needs the dispatcher; an eager call of plain tensors would only pay
+    for it, tens of microseconds a call.
+    """
+
+    def __init__(
+        self,
+        operator: Operator[R],
+        context: Callable[[Any, R, Any], None],
+        backward: Callable[..., dict[str, Tensor | None]],
+        vmap: Callable[[Differentiable[R], int, dict[str, int | None], R], Any],
+    ) -> None:
+        """Adds the derivative.
+
+        Args:
+            operator: what is differentiated.
+            context: keeps, of the record and the results, what backward needs.
+            backward: gives the gradients by the arguments' names; the others have none.
+            vmap: calls this object for a batch: of its size and, by name, of the arguments' batched dimensions.
+        """
+        fields = operator.fields
+
+        def context_of_values(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            context(ctx, fields.of(inputs), output)
+
+        def kernel_with_context(ctx: Any, *values: Any) -> Any:
+            record = fields.of(values)
+            output = operator.kernel(record)
+            context(ctx, record, output)
+            return output
+
+        def all_grads(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            found = backward(ctx, *grads)
+            return tuple(found.get(name) for name in fields.names)
+
+        def batched(info: Any, in_dims: tuple[int | None, ...], *values: Any) -> Any:
+            dims = dict(zip(fields.names, in_dims, strict=True))
+            return vmap(self, info.batch_size, dims, fields.of(values))
+
+        name = f"{NAMESPACE}::{operator.name}"
+        torch.library.register_autograd(name, all_grads, setup_context=context_of_values, lib=library)
+        torch.library.register_vmap(name, batched, lib=library)
+        self.operator = operator
+        self.fields = fields
+        self.node = _function(operator.name, forward=kernel_with_context, backward=all_grads)
+        # The form that torch.func asks for; it inspects its own signature at each call, which is slow.
+        self.transformable_node = _function(
+            operator.name,
+            forward=lambda *values: operator.kernel(fields.of(values)),
+            setup_context=context_of_values,
+            backward=all_grads,
+            vmap=batched,
+        )
+
+    def __call__(self, record: R) -> Any:
+        """What the operator returns, with its derivative where one is asked for."""
+        values = self.fields.flat(record)
+        if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and not _collectives_are_watched()):
+            return self.operator.dispatched(*values)
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if any(type(tensor) not in (Tensor, Parameter) or _is_batch_of_grads(tensor) for tensor in tensors):
+            return self.operator.dispatched(*values)
+        if torch._C._are_functorch_transforms_active():
+            return self.transformable_node.apply(*values)
+        values = tuple(materialized(value) if isinstance(value, Tensor) else value for value in values)
+        differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        # In forward mode a node says that it has no such derivative; a kernel would lose it silently.
+        if differentiate or forward_ad._current_level >= 0:
+            return self.node.apply(*values)
+        return self.operator.kernel(self.fields.of(values))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether the tensor has memory of its own, and is none that a compiler traces or a transformation batches."""
+    batched = torch._C._functorch.is_batchedtensor(tensor) or _is_batch_of_grads(tensor)
+    return type(tensor) is Tensor and not batched
+
+
+def _is_batch_of_grads(tensor: Tensor) -> bool:
+    """Whether these are upstream gradients of `torch.autograd.grad(is_grads_batched=True)`."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
+
+
+def _collectives_are_watched() -> bool:
+    """Whether the dispatch modes are those of CommDebugMode, which sees no collective inside of an operator."""
+    return all(type(mode).__name__ == "CommDebugMode" for mode in _get_current_dispatch_mode_stack())
+
+
+def _function(name: str, **methods: Callable[..., Any]) -> Any:
+    return type(name, (torch.autograd.Function,), {key: staticmethod(method) for key, method in methods.items()})
