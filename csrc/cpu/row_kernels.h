@@ -44,9 +44,10 @@ void forward_rows(const RowParams& p, const ForwardParams& f, bool streaming_sto
     const Real x_target = to_real(x[target]);
     const Real z_target = capped_scalar<V, T, kCap>(x_target, transform.softcap);
     const double s = log(stats.sums.sum_exp);
-    const auto terms = token_terms<double>(
-        stats.sums.m, s, transform.scale * (static_cast<double>(z_target) - stats.m),
-        stats.sums.sum_shifted / p.vocab_size, eta_at<Real>(f, row), p.vocab_size, p.options);
+    const double eta = eta_at<Real>(f, row);
+    const auto terms =
+        token_terms<double>(stats.sums.m, s, transform.scale * (static_cast<double>(z_target) - stats.m),
+                            stats.sums.sum_shifted / p.vocab_size, eta, p.vocab_size, p.options);
     Real state[kStateWidth];
     fill_state(stats.m, s, terms, state);
     store_loss(p, f, row, terms.loss, state);

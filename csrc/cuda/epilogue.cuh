@@ -46,8 +46,9 @@ __device__ __forceinline__ void finish_row(const RowParams& p, const ForwardPara
   // A target out of range makes NaN of all that follows.
   const double s = known ? static_cast<double>(log(part.sums.sum_exp)) : NAN;
   const double mean_shifted = kMoments ? scale * part.sums.sum_shifted / p.vocab_size : 0;
-  const auto terms = token_terms<Real>(scale * m, s, scale * (z_target - m), mean_shifted,
-                                       eta_at<Real>(f, row), p.vocab_size, p.options);
+  const double eta = eta_at<Real>(f, row);
+  const auto terms =
+      token_terms<Real>(scale * m, s, scale * (z_target - m), mean_shifted, eta, p.vocab_size, p.options);
   fill_state(part.sums.m, s, terms, state);
   if (!write) return;
   store_loss(p, f, row, terms.loss, state);
