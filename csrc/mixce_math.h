@@ -22,7 +22,7 @@ static constexpr int kStatsWidth = 5;
 
 template <typename Real>
 static constexpr Real kLog2E = static_cast<Real>(1.4426950408889634);
-// The addition to a float below 2^22 rounds it to an integer, which then stands in the low bits of the sum.
+// Added to a float below 2^22, it rounds that to an integer, which stands in the low bits of the sum.
 static constexpr float kRoundToInteger = 0x1.8p23f;
 
 // A vector of one number, for functions that also take the vectors of csrc/cpu.
