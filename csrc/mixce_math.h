@@ -6,6 +6,8 @@
 #include <math.h>
 #include <stdint.h>
 
+#include "params.h"
+
 #ifdef __CUDACC__
 #define MIXCE_INLINE static __host__ __device__ __forceinline__
 #else
@@ -14,12 +16,62 @@
 
 namespace mixce {
 
-// What a token's loss is made from; eta, the only per-token one, is passed beside it. A softcap of 0 is none.
+// Numbers of a token that a forward stores: m, s, a, c, t for its gradient, and nll, q, weight, lse, entropy.
+static constexpr int kStateWidth = 5;
+static constexpr int kStatsWidth = 5;
+
 template <typename Real>
-struct LossOptions {
-  Real label_smoothing;
-  Real z_loss;
+static constexpr Real kLog2E = static_cast<Real>(1.4426950408889634);
+// Added to a float below 2^22, it rounds that to an integer, which stands in the low bits of the sum.
+static constexpr float kRoundToInteger = 0x1.8p23f;
+
+// A vector of one number, for functions that also take the vectors of csrc/cpu.
+template <typename Number>
+struct Scalar {
+  using Reg = Number;
+  MIXCE_INLINE Reg set(Number value) { return value; }
+  MIXCE_INLINE Reg fma(Reg a, Reg b, Reg c) { return ::fma(a, b, c); }
 };
+
+// The p of 2^f = 1 + p * f in float32, of least maximal error of that on [-1/2, 1/2].
+template <typename V>
+MIXCE_INLINE typename V::Reg exp2_polynomial(typename V::Reg f) {
+  typename V::Reg p = V::fma(f, V::set(0x1.41fbbcp-13f), V::set(0x1.5f3e52p-10f));
+  p = V::fma(f, p, V::set(0x1.3b2d4cp-7f));
+  p = V::fma(f, p, V::set(0x1.c6aee8p-5f));
+  p = V::fma(f, p, V::set(0x1.ebfbdcp-3f));
+  return V::fma(f, p, V::set(0x1.62e430p-1f));
+}
+
+// With a softcap a logit x becomes cap * tanh(tanh_scale * x): the scale is applied inside of it. Without one
+// the scale is applied to differences of logits, which keeps the digits of logits near 1e5.
+MIXCE_INLINE bool has_softcap(const TokenOptions& options) { return options.softcap > 0; }
+template <typename Real>
+struct Softcap {
+  Real cap, tanh_scale;
+};
+// Without a softcap a record that is not used.
+template <typename Real>
+MIXCE_INLINE Softcap<Real> softcap_of(const TokenOptions& options) {
+  return {static_cast<Real>(options.softcap), static_cast<Real>(options.logit_scale / options.softcap)};
+}
+// The factor from a difference of (capped) logits to one of exponents.
+MIXCE_INLINE double scale_of_differences(const TokenOptions& options) {
+  return has_softcap(options) ? 1.0 : options.logit_scale;
+}
+
+// A capped logit and its slope by the argument of tanh, 1 - tanh^2, without the cancellation.
+template <typename V>
+struct Capped {
+  typename V::Reg value, slope;
+};
+MIXCE_INLINE Capped<Scalar<double>> capped(double x, const Softcap<double>& softcap) {
+  const double t = tanh(softcap.tanh_scale * x);
+  return {softcap.cap * t, (1 - t) * (1 + t)};
+}
+
+// Whether the loss needs the sums of OnlineLogSumExp beside sum_exp.
+MIXCE_INLINE bool needs_moments(const TokenOptions& options) { return options.label_smoothing > 0; }
 
 // Statistics of the part of a row seen so far, for logits z: all sums are relative to the maximum m, so that
 // a shift of all logits costs no digits.
@@ -54,26 +106,25 @@ MIXCE_INLINE void raise_maximum(OnlineLogSumExp<Real>& part, Real maximum, const
 
 // A token's loss, its statistics and the numbers from which its gradient is made:
 // dloss/dz_j = a * p_j - c, and t at the target.
-template <typename Real>
 struct TokenTerms {
-  Real loss, nll, q, weight, lse, a, c, t;
+  double loss, nll, q, weight, lse, a, c, t;
 };
 
 // The mixture of Zhang et al. 2023 (arXiv 2305.16958), with label smoothing and z-loss. `s` is log sum exp(z
 // - m), `d_target` is z_target - m, `mean_shifted` the mean of z - m. Exponentials are of type Elementary.
-template <typename Real, typename Elementary = Real>
-MIXCE_INLINE TokenTerms<Real> token_terms(Real m, Real s, Real d_target, Real mean_shifted, Real eta,
-                                          int64_t vocab_size, const LossOptions<Real>& options) {
-  const Real smoothing = options.label_smoothing;
-  const Real lse = m + s;
-  const Real nll = s - d_target;
-  Real ce = nll;
+template <typename Elementary>
+MIXCE_INLINE TokenTerms token_terms(double m, double s, double d_target, double mean_shifted, double eta,
+                                    int64_t vocab_size, const TokenOptions& options) {
+  const double smoothing = options.label_smoothing;
+  const double lse = m + s;
+  const double nll = s - d_target;
+  double ce = nll;
   // As nll + smoothing * (z_target - mean z), but without inf - inf where both are -inf.
   if (smoothing > 0) ce = smoothing * (s - mean_shifted) + (smoothing < 1 ? (1 - smoothing) * nll : 0);
-  const Real q = exp(static_cast<Elementary>(-nll));
-  const Real weight = eta + (1 - eta) * q;
-  const Real z_slope = 2 * options.z_loss * lse;
-  TokenTerms<Real> terms;
+  const double q = exp(static_cast<Elementary>(-nll));
+  const double weight = eta + (1 - eta) * q;
+  const double z_slope = 2 * options.z_loss * lse;
+  TokenTerms terms;
   // A weight of 0 is the limit of q log q, also where ce is infinite.
   terms.loss = (weight == 0 ? 0 : weight * ce) + (options.z_loss > 0 ? options.z_loss * lse * lse : 0);
   terms.nll = nll;
@@ -88,6 +139,13 @@ MIXCE_INLINE TokenTerms<Real> token_terms(Real m, Real s, Real d_target, Real me
   return terms;
 }
 
+// A row's numbers for its gradient, in the order in which they are stored; `m` before scale_of_differences.
+template <typename Real>
+MIXCE_INLINE void fill_state(Real m, double s, const TokenTerms& terms, Real (&state)[kStateWidth]) {
+  state[0] = m, state[1] = static_cast<Real>(s), state[2] = static_cast<Real>(terms.a);
+  state[3] = static_cast<Real>(terms.c), state[4] = static_cast<Real>(terms.t);
+}
+
 // What a row's gradient is made from: grad_j = slope_j * (exp(z_j - m) * k - c), and slope_y * t at the
 // target, with slope the derivative of the softcap, 1 without one.
 template <typename Real>
@@ -95,11 +153,12 @@ struct GradTerms {
   Real m, k, c, t;
 };
 
-template <typename Elementary>
-MIXCE_INLINE GradTerms<double> grad_terms(double m, double s, double a, double c, double t, double grad_loss,
-                                          double logit_scale) {
-  const double factor = grad_loss * logit_scale;
-  return {m, a * factor * exp(static_cast<Elementary>(-s)), c * factor, t * factor};
+template <typename Elementary, typename Real>
+MIXCE_INLINE GradTerms<double> grad_terms(const Real (&state)[kStateWidth], double grad_loss,
+                                          const TokenOptions& options) {
+  const double s = state[1], a = state[2], c = state[3], t = state[4];
+  const double factor = grad_loss * options.logit_scale;
+  return {state[0], a * factor * exp(static_cast<Elementary>(-s)), c * factor, t * factor};
 }
 
 }  // namespace mixce

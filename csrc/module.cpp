@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+
 #include "cpu/cpu_backend.h"
 #ifdef MIXCE_CUDA
 #include "cuda/cuda_backend.h"
@@ -13,50 +15,95 @@ using namespace mixce;
 
 namespace {
 
+// A member of a record, its name in Python, and the type in which its value comes from there.
+template <typename Argument, typename Record, typename Value>
+struct Field {
+  const char* name;
+  Value Record::* member;
+};
+
+template <typename Record, typename Value>
+Field<Value, Record, Value> field(const char* name, Value Record::* member) {
+  return {name, member};
+}
+template <typename Record, typename T>
+Field<uintptr_t, Record, T*> field(const char* name, T* Record::* member) {
+  return {name, member};
+}
+template <typename Record>
+Field<int, Record, DType> field(const char* name, DType Record::* member) {
+  return {name, member};
+}
+// A number that may be None, which becomes 0.
+template <typename Record>
+Field<std::optional<double>, Record, double> field_or_zero(const char* name, double Record::* member) {
+  return {name, member};
+}
+
+template <typename Value>
+void convert(const Value& argument, Value& value) {
+  value = argument;
+}
 template <typename T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
+void convert(uintptr_t argument, T*& value) {
+  value = reinterpret_cast<T*>(argument);
+}
+void convert(int argument, DType& value) { value = static_cast<DType>(argument); }
+void convert(const std::optional<double>& argument, double& value) { value = argument.value_or(0); }
+
+// A record, and the function that makes it from keyword arguments, one a field. A function, because a call of
+// a class takes half a microsecond longer.
+template <typename Record, typename... Arguments, typename... Values>
+void define_record(py::module_& m, const char* name, const char* function,
+                   Field<Arguments, Record, Values>... fields) {
+  py::class_<Record>(m, name);
+  m.def(
+      function,
+      [fields...](Arguments... arguments) {
+        Record record{};
+        (convert(arguments, record.*fields.member), ...);
+        return record;
+      },
+      py::kw_only(), py::arg(fields.name)...);
 }
 
-RowParams row_params(uintptr_t logits, const RowLayout& logits_rows, uintptr_t targets, bool targets_int64,
-                     int64_t rows, int64_t vocab_size, int dtype, int64_t ignore_index,
-                     double label_smoothing, double z_loss, double softcap, double logit_scale,
-                     uintptr_t grad_logits, const RowLayout& grad_rows, uintptr_t grad_loss,
-                     int64_t grad_loss_stride, uintptr_t state, int threads, bool stream) {
-  return {pointer<const void>(logits),
-          logits_rows,
-          pointer<const void>(targets),
-          targets_int64,
-          rows,
-          vocab_size,
-          static_cast<DType>(dtype),
-          ignore_index,
-          label_smoothing,
-          z_loss,
-          softcap,
-          logit_scale,
-          pointer<void>(grad_logits),
-          grad_rows,
-          pointer<const void>(grad_loss),
-          grad_loss_stride,
-          pointer<void>(state),
-          threads,
-          stream};
+void define_params(py::module_& m) {
+  define_record(m, "RowLayout", "row_layout", field("number", &RowLayout::number),
+                field("inner", &RowLayout::inner), field("outer_stride", &RowLayout::outer_stride),
+                field("inner_stride", &RowLayout::inner_stride));
+  define_record(m, "TokenOptions", "token_options", field("ignore_index", &TokenOptions::ignore_index),
+                field("label_smoothing", &TokenOptions::label_smoothing),
+                field("z_loss", &TokenOptions::z_loss), field_or_zero("softcap", &TokenOptions::softcap),
+                field("logit_scale", &TokenOptions::logit_scale));
+  define_record(m, "RowParams", "row_params", field("logits", &RowParams::logits),
+                field("logits_rows", &RowParams::logits_rows), field("targets", &RowParams::targets),
+                field("targets_int64", &RowParams::targets_int64), field("dtype", &RowParams::dtype),
+                field("vocab_size", &RowParams::vocab_size), field("options", &RowParams::options),
+                field("grad_logits", &RowParams::grad_logits), field("grad_rows", &RowParams::grad_rows),
+                field("grad_loss", &RowParams::grad_loss),
+                field("grad_loss_stride", &RowParams::grad_loss_stride), field("state", &RowParams::state));
+  define_record(m, "ForwardParams", "forward_params", field("eta", &ForwardParams::eta),
+                field("eta_stride", &ForwardParams::eta_stride),
+                field("eta_value", &ForwardParams::eta_value), field("loss", &ForwardParams::loss),
+                field("stats", &ForwardParams::stats), field("correct", &ForwardParams::correct));
 }
 
-ForwardParams forward_params(uintptr_t eta, int64_t eta_stride, double eta_value, uintptr_t loss,
-                             uintptr_t stats, uintptr_t correct) {
-  return {pointer<const void>(eta), eta_stride,           eta_value,
-          pointer<void>(loss),      pointer<void>(stats), pointer<bool>(correct)};
+void define_cpu(py::module_& m) {
+  define_record(m, "CpuLaunch", "cpu_launch", field("isa", &CpuLaunch::isa),
+                field("threads", &CpuLaunch::threads),
+                field("streaming_stores", &CpuLaunch::streaming_stores));
+  m.def("supported_isas", &supported_isas);
+  m.def("cpu_forward", &cpu_forward, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_logits_grad", &cpu_logits_grad, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_scale_rows", &cpu_scale_rows, py::call_guard<py::gil_scoped_release>());
 }
 
 #ifdef MIXCE_CUDA
 void define_cuda(py::module_& m) {
-  py::class_<CudaLaunch>(m, "CudaLaunch")
-      .def(py::init([](int device, uintptr_t stream, int parts, int shared_bytes, bool from_shared,
-                       uintptr_t partials) {
-        return CudaLaunch{device, stream, parts, shared_bytes, from_shared, partials};
-      }));
+  define_record(m, "CudaLaunch", "cuda_launch", field("device", &CudaLaunch::device),
+                field("stream", &CudaLaunch::stream), field("parts", &CudaLaunch::parts),
+                field("shared_bytes", &CudaLaunch::shared_bytes),
+                field("from_shared", &CudaLaunch::from_shared), field("partials", &CudaLaunch::partials));
   m.def("cuda_device", [](int index) {
     const CudaDevice device = cuda_device(index);
     return py::make_tuple(device.arch, device.code_arch, device.multiprocessors, device.shared_per_block,
@@ -73,17 +120,9 @@ void define_cuda(py::module_& m) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native row kernels of mixce_kernels; see csrc/params.h for the arguments.";
-  py::class_<RowLayout>(m, "RowLayout")
-      .def(py::init([](int64_t inner, int64_t outer_stride, int64_t inner_stride) {
-        return RowLayout{inner, outer_stride, inner_stride};
-      }));
-  py::class_<RowParams>(m, "RowParams").def(py::init(&row_params));
-  py::class_<ForwardParams>(m, "ForwardParams").def(py::init(&forward_params));
-  m.def("supported_isas", &supported_isas);
-  m.def("cpu_forward", &cpu_forward, py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_logits_grad", &cpu_logits_grad, py::call_guard<py::gil_scoped_release>());
-  m.def("cpu_scale_rows", &cpu_scale_rows, py::call_guard<py::gil_scoped_release>());
+  m.doc() = "Native row kernels of mixce_kernels; see csrc/params.h for the records.";
+  define_params(m);
+  define_cpu(m);
 #ifdef MIXCE_CUDA
   define_cuda(m);
 #endif

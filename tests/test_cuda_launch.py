@@ -13,7 +13,9 @@ from mixce_kernels.backends.cuda_launch import (
     MAX_CLUSTER,
     VECTOR_BYTES,
     Device,
+    ForwardLaunch,
     RowLaunch,
+    forward_launch,
     grad_in_forward_launch,
     rows_launch,
 )
@@ -91,6 +93,53 @@ def test_where_a_row_waits_for_its_gradient(
     device: str, n_rows: int, vocab_size: int, itemsize: int, expected: RowLaunch
 ) -> None:
     assert grad_in_forward_launch(n_rows, vocab_size * itemsize, STATE_BYTES, DEVICES[device]) == expected
+
+
+@every_device
+def test_a_forward_alone_splits_few_rows_and_merges_their_parts(device: Device) -> None:
+    for n_rows, row_bytes in itertools.product(ROWS, ROW_BYTES):
+        launch = forward_launch(n_rows, row_bytes, STATE_BYTES, device, with_grad=False, aligned_alike=False)
+        rows = rows_launch(n_rows, row_bytes, device)
+        assert launch == ForwardLaunch(rows, n_partials=n_rows * rows.parts if rows.parts > 1 else 0)
+
+
+@every_device
+def test_a_forward_with_gradient_is_two_kernels_where_few_rows_are_read_twice(device: Device) -> None:
+    for n_rows, row_bytes, aligned in itertools.product(ROWS, ROW_BYTES, (True, False)):
+        launch = forward_launch(n_rows, row_bytes, STATE_BYTES, device, with_grad=True, aligned_alike=aligned)
+        held = grad_in_forward_launch(n_rows, row_bytes, STATE_BYTES, device) if aligned else RowLaunch(1)
+        if held.held_bytes:
+            assert launch == ForwardLaunch(held)
+        elif n_rows >= device.multiprocessors:
+            assert launch == ForwardLaunch(RowLaunch(1))
+        else:
+            alone = forward_launch(n_rows, row_bytes, STATE_BYTES, device, with_grad=False, aligned_alike=aligned)
+            assert launch == alone._replace(grad_apart=True)
+
+
+@pytest.mark.parametrize(
+    ("device", "n_rows", "vocab_size", "aligned", "expected"),
+    [
+        # A cluster holds each row.
+        ("H100", 64, 50257, True, ForwardLaunch(RowLaunch(2, 50272))),
+        # Gradient rows that lie otherwise, few and many.
+        ("H100", 64, 50257, False, ForwardLaunch(RowLaunch(2), n_partials=128, grad_apart=True)),
+        ("H100", 132, 50257, False, ForwardLaunch(RowLaunch(1))),
+        # 2 MB are more than a cluster can hold.
+        ("H100", 1, 1_000_000, True, ForwardLaunch(RowLaunch(122), n_partials=122, grad_apart=True)),
+        ("H100", 132, 1_000_000, True, ForwardLaunch(RowLaunch(1))),
+        # Rows of less than two blocks' work: two kernels, a block a row each.
+        ("H100", 64, 1000, False, ForwardLaunch(RowLaunch(1), grad_apart=True)),
+        # No clusters.
+        ("A100", 107, 128256, True, ForwardLaunch(RowLaunch(1), grad_apart=True)),
+        ("A100", 108, 128256, True, ForwardLaunch(RowLaunch(1))),
+    ],
+)
+def test_where_a_forward_leaves_its_gradient_to_another_kernel(
+    device: str, n_rows: int, vocab_size: int, aligned: bool, expected: ForwardLaunch
+) -> None:
+    launch = forward_launch(n_rows, 2 * vocab_size, STATE_BYTES, DEVICES[device], with_grad=True, aligned_alike=aligned)
+    assert launch == expected
 
 
 def test_parts_leave_the_busiest_multiprocessor_least() -> None:

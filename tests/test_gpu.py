@@ -333,9 +333,10 @@ def test_sanitized_shapes_take_every_way(backend: str, device: str) -> None:
     if backend != "cuda":
         pytest.skip("of the CUDA kernels")
     from mixce_kernels import _C
-    from mixce_kernels.backends.cuda_launch import Device, grad_in_forward_launch, rows_launch
+    from mixce_kernels.backends import cuda
+    from mixce_kernels.backends.cuda_launch import grad_in_forward_launch, rows_launch
 
-    properties = Device(*_C.cuda_device(0))
+    properties = cuda._device(0)
     state_bytes = _C.cuda_state_bytes(0)
     forwards = [rows_launch(n, 4 * size, properties) for n, size in SANITIZED_SHAPES]
     both = [grad_in_forward_launch(n, 4 * size, state_bytes, properties) for n, size in SANITIZED_SHAPES]

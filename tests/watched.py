@@ -33,7 +33,7 @@ class Watched:
     def _watching(self, function: Any) -> Any:
         def watching(*args: Any, **keywords: Any) -> Any:
             result = function(*args, **keywords)
-            self._reach((args, result))
+            self._reach((args, *keywords.values(), result))
             return result
 
         return watching

@@ -1,7 +1,7 @@
 // What both passes over a row share: logits become exponents, and a row is walked in blocks that stay in L1.
 #pragma once
 
-#include "../mixce_math.h"
+#include "../rows.h"
 #include "row_kernel_table.h"
 #include "simd.h"
 
@@ -11,24 +11,22 @@
 namespace mixce {
 namespace {
 
-// How logits become exponents: fixed for a call. Without a softcap the scale is applied to differences of
-// logits, which keeps the digits of logits near 1e5; with one it is applied before the cap.
+// How logits become exponents: fixed for a call.
 template <typename Real>
 struct Transform {
-  Real diff_scale;  // from a difference of (capped) logits to one of z
-  Real cap, tanh_scale;
+  Real scale;  // of differences
+  Softcap<Real> softcap;
 };
 
-// cap * tanh(tanh_scale * x) and its slope by its argument, 1 - tanh^2, without the cancellation.
-template <typename V>
-struct Capped {
-  typename V::Reg value, slope;
-};
+template <typename Real>
+MIXCE_INLINE Transform<Real> transform_of(const TokenOptions& options) {
+  return {static_cast<Real>(scale_of_differences(options)), softcap_of<Real>(options)};
+}
 
-MIXCE_INLINE Capped<FloatVector> capped(FloatVector::Reg x, const Transform<float>& transform) {
+MIXCE_INLINE Capped<FloatVector> capped(FloatVector::Reg x, const Softcap<float>& softcap) {
   using V = FloatVector;
-  constexpr float kFactor = 2 * kLog2E;
-  const V::Reg u = V::mul(x, V::set(transform.tanh_scale));
+  constexpr float kFactor = 2 * kLog2E<float>;
+  const V::Reg u = V::mul(x, V::set(softcap.tanh_scale));
   const V::Reg d = V::sub(V::set(0.0f), V::magnitude(u));
   const Exp2Parts parts = exp2_parts(d, V::set(kFactor), V::set(-127.0f / kFactor));
   // expm1(-2|u|) = 2^n * p * f + (2^n - 1); tanh|u| = -expm1 / (expm1 + 2).
@@ -37,12 +35,7 @@ MIXCE_INLINE Capped<FloatVector> capped(FloatVector::Reg x, const Transform<floa
   const V::Reg tanh_magnitude = V::mul(V::sub(V::set(0.0f), expm1), inverse);
   const V::Reg exponential = V::fma(V::mul(parts.power, parts.p), parts.f, parts.power);
   const V::Reg slope = V::mul(V::mul(V::set(4.0f), exponential), V::mul(inverse, inverse));
-  return {V::mul(V::set(transform.cap), V::with_sign_of(tanh_magnitude, u)), slope};
-}
-
-MIXCE_INLINE Capped<DoubleVector> capped(double x, const Transform<double>& transform) {
-  const double t = tanh(transform.tanh_scale * x);
-  return {transform.cap * t, (1 - t) * (1 + t)};
+  return {V::mul(V::set(softcap.cap), V::with_sign_of(tanh_magnitude, u)), slope};
 }
 
 template <typename V>
@@ -53,9 +46,8 @@ MIXCE_INLINE typename V::Real first_lane(typename V::Reg reg) {
 }
 
 template <typename V, typename T, bool kCap>
-MIXCE_INLINE typename V::Real capped_scalar(typename V::Real x,
-                                            const Transform<typename V::Real>& transform) {
-  if constexpr (kCap) return first_lane<V>(capped(V::set(x), transform).value);
+MIXCE_INLINE typename V::Real capped_scalar(typename V::Real x, const Softcap<typename V::Real>& softcap) {
+  if constexpr (kCap) return first_lane<V>(capped(V::set(x), softcap).value);
   return x;
 }
 

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "../rows.h"
 #include "row_kernel_table.h"
 
 namespace mixce {
@@ -17,7 +18,7 @@ struct Isa {
   const RowKernels& (*kernels)();
 };
 
-std::vector<Isa> isas() {
+std::vector<Isa> all_isas() {
 #if defined(__x86_64__)
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -29,6 +30,11 @@ std::vector<Isa> isas() {
 #else
   return {{"baseline", true, row_kernels_baseline}};
 #endif
+}
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all = all_isas();
+  return all;
 }
 
 const RowKernels& kernels_of(const std::string& name) {
@@ -47,15 +53,15 @@ void* thread_scratch(size_t bytes) {
 
 // Calls work(begin, end) over all rows. Rows are handed out in small runs, since ignored ones cost nothing.
 template <typename Work>
-void parallel_rows(const RowParams& params, Work work) {
+void parallel_rows(int64_t rows, const CpuLaunch& launch, Work work) {
   constexpr int64_t kRunsPerThread = 16;
-  const int threads = static_cast<int>(std::clamp<int64_t>(params.rows, 1, std::max(params.threads, 1)));
-  const int64_t run = std::max<int64_t>(1, params.rows / (threads * kRunsPerThread));
+  const int threads = static_cast<int>(std::clamp<int64_t>(rows, 1, std::max(launch.threads, 1)));
+  const int64_t run = std::max<int64_t>(1, rows / (threads * kRunsPerThread));
 #pragma omp parallel for num_threads(threads) schedule(dynamic) if (threads > 1)
-  for (int64_t begin = 0; begin < params.rows; begin += run) {
-    work(begin, std::min(begin + run, params.rows));
+  for (int64_t begin = 0; begin < rows; begin += run) {
+    work(begin, std::min(begin + run, rows));
     // Streaming stores are not ordered with others: the thread that goes on must see them.
-    if (params.stream) std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (launch.streaming_stores) std::atomic_thread_fence(std::memory_order_seq_cst);
   }
 }
 
@@ -69,27 +75,31 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
-int64_t cpu_forward(const std::string& isa, const RowParams& params, const ForwardParams& forward) {
-  for (int64_t row = 0; row < params.rows; ++row) {
-    const int64_t target = params.target(row);
-    if (target != params.ignore_index && (target < 0 || target >= params.vocab_size)) return row;
+int64_t cpu_forward(const RowParams& params, const ForwardParams& forward, const CpuLaunch& launch) {
+  const int64_t rows = params.logits_rows.number;
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t target = target_at(params, row);
+    if (target != params.options.ignore_index && (target < 0 || target >= params.vocab_size)) return row;
   }
-  const auto kernel = kernels_of(isa).forward[static_cast<int>(params.dtype)];
+  const auto kernel = kernels_of(launch.isa).forward[static_cast<int>(params.dtype)];
   const size_t bytes = params.grad_logits == nullptr ? 0 : scratch_bytes(params);
-  parallel_rows(params, [&](int64_t begin, int64_t end) {
-    kernel(params, forward, bytes == 0 ? nullptr : thread_scratch(bytes), begin, end);
+  parallel_rows(rows, launch, [&](int64_t begin, int64_t end) {
+    kernel(params, forward, launch.streaming_stores, bytes == 0 ? nullptr : thread_scratch(bytes), begin,
+           end);
   });
   return -1;
 }
 
-void cpu_logits_grad(const std::string& isa, const RowParams& params) {
-  const auto kernel = kernels_of(isa).logits_grad[static_cast<int>(params.dtype)];
-  parallel_rows(params, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+void cpu_logits_grad(const RowParams& params, const CpuLaunch& launch) {
+  const auto kernel = kernels_of(launch.isa).logits_grad[static_cast<int>(params.dtype)];
+  parallel_rows(params.logits_rows.number, launch,
+                [&](int64_t begin, int64_t end) { kernel(params, launch.streaming_stores, begin, end); });
 }
 
-void cpu_scale_rows(const std::string& isa, const RowParams& params) {
-  const auto kernel = kernels_of(isa).scale_rows[static_cast<int>(params.dtype)];
-  parallel_rows(params, [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
+void cpu_scale_rows(const RowParams& params, const CpuLaunch& launch) {
+  const auto kernel = kernels_of(launch.isa).scale_rows[static_cast<int>(params.dtype)];
+  parallel_rows(params.logits_rows.number, launch,
+                [&](int64_t begin, int64_t end) { kernel(params, begin, end); });
 }
 
 }  // namespace mixce

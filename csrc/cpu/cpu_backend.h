@@ -8,13 +8,19 @@
 
 namespace mixce {
 
+// How the Python side has a call run: see mixce_kernels/backends/cpu.py.
+struct CpuLaunch {
+  std::string isa;
+  int threads;
+  bool streaming_stores;  // the gradient is written past the caches
+};
+
 // Instruction sets that this machine can run, best first.
 std::vector<std::string> supported_isas();
 
-// Each takes the instruction set by name. `forward` returns the first row whose target is out of range,
-// having written nothing, or -1.
-int64_t cpu_forward(const std::string& isa, const RowParams& params, const ForwardParams& forward);
-void cpu_logits_grad(const std::string& isa, const RowParams& params);
-void cpu_scale_rows(const std::string& isa, const RowParams& params);
+// Returns the first row whose target is out of range, having written nothing, or -1.
+int64_t cpu_forward(const RowParams& params, const ForwardParams& forward, const CpuLaunch& launch);
+void cpu_logits_grad(const RowParams& params, const CpuLaunch& launch);
+void cpu_scale_rows(const RowParams& params, const CpuLaunch& launch);
 
 }  // namespace mixce

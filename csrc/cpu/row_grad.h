@@ -42,11 +42,10 @@ MIXCE_INLINE void put_pair(T* out, typename V::Reg a, typename V::Reg b) {
 // The NaN with only zeros in its lower bits, as bfloat16 rounding needs it: arithmetic may keep a payload.
 MIXCE_INLINE double canonical(double value) { return value == value ? value : NAN; }
 
+// A row's terms for pass 2 in the type of its arithmetic.
 template <typename Real>
-MIXCE_INLINE GradTerms<Real> grad_terms_of(const Real* state, int64_t rows, Real grad_loss,
-                                           double logit_scale) {
-  const auto terms = grad_terms<double>(state[0], state[rows], state[2 * rows], state[3 * rows],
-                                        state[4 * rows], grad_loss, logit_scale);
+MIXCE_INLINE GradTerms<Real> pass_2_terms(const RowParams& p, int64_t row, const Real (&state)[kStateWidth]) {
+  const auto terms = grad_terms<double>(state, grad_loss_at<Real>(p, row), p.options);
   return {static_cast<Real>(terms.m), static_cast<Real>(canonical(terms.k)),
           static_cast<Real>(canonical(terms.c)), static_cast<Real>(canonical(terms.t))};
 }
@@ -60,7 +59,7 @@ MIXCE_BLOCK void grad_block(const T* x, T* grad, int64_t head, int64_t size,
   const Reg m = V::set(terms.m), k = V::set(terms.k), c = V::set(terms.c);
   auto grad_of = [&](Reg logits) __attribute__((always_inline)) {
     if constexpr (kCap) {
-      const auto z = capped(logits, transform);
+      const auto z = capped(logits, transform.softcap);
       return V::mul(V::fms(exponential.of(V::sub(z.value, m)), k, c), z.slope);
     } else {
       return V::fms(exponential.of(V::sub(logits, m)), k, c);
@@ -113,7 +112,7 @@ MIXCE_INLINE void row_grad(const T* x, const typename V::Real* kept, T* grad, in
   const bool known = target >= 0 && target < vocab_size;
   Real at_target = terms.t;
   if constexpr (kCap) {
-    if (known) at_target *= first_lane<V>(capped(V::set(to_real(x[target])), transform).slope);
+    if (known) at_target *= first_lane<V>(capped(V::set(to_real(x[target])), transform.softcap).slope);
   }
   const int64_t aligned = elements_to_alignment<V>(grad);
   // Pairs of bfloat16 are kept in an order of their own, which must be that of pass 1.
@@ -125,7 +124,7 @@ MIXCE_INLINE void row_grad(const T* x, const typename V::Real* kept, T* grad, in
     const int64_t head = fixed_order ? 0 : aligned < size ? aligned : size;
     if constexpr (kKeep) {
       const double shift =
-          transform.diff_scale * (static_cast<double>(kept[vocab_size + begin / kBlock]) - terms.m);
+          transform.scale * (static_cast<double>(kept[vocab_size + begin / kBlock]) - terms.m);
       const Real k = shift == 0 ? terms.k : static_cast<Real>(terms.k * exp(shift));
       if (streams) {
         grad_block_from_kept<V, T, true>(kept + begin, grad + begin, head, size, k, terms.c);

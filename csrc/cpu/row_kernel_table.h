@@ -15,11 +15,13 @@ inline size_t scratch_bytes(const RowParams& params) {
   return values * (params.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
 }
 
-// Each works on rows [begin, end); indexed by DType. `scratch`, where given, holds scratch_bytes(params):
-// pass 1 leaves its exponentials there for pass 2.
+// Each works on rows [begin, end); indexed by DType. With `streaming_stores` the gradient is written past the
+// caches. `scratch`, where given, holds scratch_bytes(params): pass 1 leaves its exponentials there for
+// pass 2.
 struct RowKernels {
-  void (*forward[4])(const RowParams&, const ForwardParams&, void* scratch, int64_t begin, int64_t end);
-  void (*logits_grad[4])(const RowParams&, int64_t begin, int64_t end);
+  void (*forward[4])(const RowParams&, const ForwardParams&, bool streaming_stores, void* scratch,
+                     int64_t begin, int64_t end);
+  void (*logits_grad[4])(const RowParams&, bool streaming_stores, int64_t begin, int64_t end);
   void (*scale_rows[4])(const RowParams&, int64_t begin, int64_t end);
 };
 

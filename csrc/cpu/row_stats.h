@@ -100,7 +100,7 @@ template <typename V, bool kCap, bool kMoments>
 MIXCE_INLINE BlockSums<V> sums_of(typename V::Reg logits, typename V::Reg m,
                                   const Transform<typename V::Real>& transform,
                                   const Exponential<V>& exponential) {
-  if constexpr (kCap) logits = capped(logits, transform).value;
+  if constexpr (kCap) logits = capped(logits, transform.softcap).value;
   const typename V::Reg d = V::sub(logits, m);
   const typename V::Reg e = exponential.of(d);
   // The clamp keeps 0 * -inf out; the second operand survives a NaN.
@@ -109,12 +109,12 @@ MIXCE_INLINE BlockSums<V> sums_of(typename V::Reg logits, typename V::Reg m,
 
 // Adds the first `lanes` lanes.
 template <typename V, bool kMoments>
-MIXCE_INLINE void add_lanes(const BlockSums<V>& sums, int64_t lanes, double diff_scale,
+MIXCE_INLINE void add_lanes(const BlockSums<V>& sums, int64_t lanes, double scale,
                             OnlineLogSumExp<double>& part) {
   part.sum_exp += lane_sum<V>(sums.exp, lanes);
   if constexpr (kMoments) {
-    part.sum_shifted += diff_scale * lane_sum<V>(sums.shifted, lanes);
-    part.sum_exp_shifted += diff_scale * lane_sum<V>(sums.exp_shifted, lanes);
+    part.sum_shifted += scale * lane_sum<V>(sums.shifted, lanes);
+    part.sum_exp_shifted += scale * lane_sum<V>(sums.exp_shifted, lanes);
   }
 }
 
@@ -126,7 +126,7 @@ MIXCE_BLOCK void add_end(const T* x, int64_t size, typename V::Real m,
   for (int64_t i = 0; i < size; i += V::kWidth) {
     const int64_t n = size - i < V::kWidth ? size - i : V::kWidth;
     const auto sums = sums_of<V, kCap, kMoments>(load_edge<V>(x + i, n), V::set(m), transform, exponential);
-    add_lanes<V, kMoments>(sums, n, transform.diff_scale, part);
+    add_lanes<V, kMoments>(sums, n, transform.scale, part);
     if constexpr (kKeep) store_edge<V>(kept + i, sums.exp, n);
   }
 }
@@ -156,7 +156,7 @@ MIXCE_BLOCK void add_block(const T* x, int64_t size, typename V::Real m,
     }
     if constexpr (kKeep) V::store_pair(kept + i, sums_a.exp, sums_b.exp);
   }
-  add_lanes<V, kMoments>({exp_sum, shifted_sum, exp_shifted_sum}, V::kWidth, transform.diff_scale, part);
+  add_lanes<V, kMoments>({exp_sum, shifted_sum, exp_shifted_sum}, V::kWidth, transform.scale, part);
   if (i < size) {
     add_end<V, T, kCap, kMoments, kKeep>(x + i, size - i, m, transform, exponential, kept + i, part);
   }
@@ -166,7 +166,7 @@ MIXCE_BLOCK void add_block(const T* x, int64_t size, typename V::Real m,
 template <typename Real>
 struct RowStats {
   OnlineLogSumExp<double> sums;
-  Real m;            // largest (capped) logit, before diff_scale
+  Real m;            // largest (capped) logit, before scale_of_differences
   Real raw_maximum;  // largest logit
 };
 
@@ -184,8 +184,8 @@ MIXCE_INLINE RowStats<typename V::Real> row_stats(const T* x, int64_t vocab_size
     const Real maximum = block_maximum<V>(x + begin, size);
     if (maximum > stats.raw_maximum || begin == 0) {
       stats.raw_maximum = maximum;
-      stats.m = capped_scalar<V, T, kCap>(maximum, transform);
-      raise_maximum(stats.sums, static_cast<double>(transform.diff_scale) * stats.m,
+      stats.m = capped_scalar<V, T, kCap>(maximum, transform.softcap);
+      raise_maximum(stats.sums, static_cast<double>(transform.scale) * stats.m,
                     [](double d) { return exp(d); });
     }
     if constexpr (kKeep) kept[vocab_size + begin / kBlock] = stats.m;

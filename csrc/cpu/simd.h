@@ -13,8 +13,6 @@
 namespace mixce {
 namespace {
 
-constexpr float kLog2E = 0x1.715476p0f;
-
 // 2^(factor * d) = power * (1 + p * f), with power = 2^n for the nearest integer n, 0 from n = -127 down. d
 // <= 0 is clamped at `lowest` = -127 / factor; NaN stays NaN. Relative error 8e-8.
 struct Exp2Parts {
@@ -22,18 +20,12 @@ struct Exp2Parts {
 };
 MIXCE_INLINE Exp2Parts exp2_parts(FloatVector::Reg d, FloatVector::Reg factor, FloatVector::Reg lowest) {
   using V = FloatVector;
-  // Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits, here with the exponent's bias.
-  const V::Reg magic = V::set(0x1.8p23f + 127.0f);
+  // With the exponent's bias, so that the low bits become a power of 2.
+  const V::Reg magic = V::set(kRoundToInteger + 127.0f);
   d = V::max(lowest, d);  // the second operand survives a NaN
   const V::Reg shifted = V::fma(d, factor, magic);
   const V::Reg f = V::fms(d, factor, V::sub(shifted, magic));
-  // Least maximal error of 1 + p * f on [-1/2, 1/2].
-  V::Reg p = V::fma(f, V::set(0x1.41fbbcp-13f), V::set(0x1.5f3e52p-10f));
-  p = V::fma(f, p, V::set(0x1.3b2d4cp-7f));
-  p = V::fma(f, p, V::set(0x1.c6aee8p-5f));
-  p = V::fma(f, p, V::set(0x1.ebfbdcp-3f));
-  p = V::fma(f, p, V::set(0x1.62e430p-1f));
-  return {V::shift_left<23>(shifted), p, f};
+  return {V::shift_left<23>(shifted), exp2_polynomial<V>(f), f};
 }
 
 template <typename V>
@@ -47,12 +39,12 @@ struct Exponential<FloatVector> {
 
 #if defined(MIXCE_AVX512) || defined(MIXCE_AVX2)
   // A member, not a constant: the compiler would spend a second register on its negative.
-  V::Reg magic = V::set(0x1.8p23f);
+  V::Reg magic = V::set(kRoundToInteger);
 
   // 2^(n / 8 + f / 8) with 2^(i / 8), i = n mod 8, from a table in a register: two multiply-adds fewer than a
   // polynomial on [-1/2, 1/2], whose two units are what limits the pass. Relative error 1.2e-7.
   explicit Exponential(float scale) {
-    const float eighths = scale * (8 * kLog2E);
+    const float eighths = scale * (8 * kLog2E<float>);
     factor = V::set(eighths);
     lowest = V::set(-8 * 127.0f / eighths);
   }
@@ -68,8 +60,8 @@ struct Exponential<FloatVector> {
   }
 #else
   explicit Exponential(float scale) {
-    factor = V::set(scale * kLog2E);
-    lowest = V::set(-127.0f / (scale * kLog2E));
+    factor = V::set(scale * kLog2E<float>);
+    lowest = V::set(-127.0f / (scale * kLog2E<float>));
   }
   V::Reg of(V::Reg d) const {
     const Exp2Parts parts = exp2_parts(d, factor, lowest);
@@ -116,7 +108,7 @@ template <>
 struct Exponential<DoubleVector> {
   double scale;
 
-  explicit Exponential(double diff_scale) : scale(diff_scale) {}
+  explicit Exponential(double scale) : scale(scale) {}
   double of(double d) const { return exp(scale * d); }
 };
 

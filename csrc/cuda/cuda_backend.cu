@@ -35,20 +35,20 @@ void with_bool(bool value, Body body) {
 
 LaunchConfig config_of(const RowParams& params, const CudaLaunch& launch, int cluster, int shared_bytes) {
   check_cuda(cudaSetDevice(launch.device), "selecting the device");
-  return {params.rows * launch.parts, kThreads, cluster, shared_bytes,
+  return {params.logits_rows.number * launch.parts, kThreads, cluster, shared_bytes,
           reinterpret_cast<cudaStream_t>(launch.stream)};
 }
 
 template <typename T, bool kCap, bool kMoments>
 void forward(const RowParams& params, const ForwardParams& forward, const CudaLaunch& launch) {
-  const Launch in_kernel{launch.parts, reinterpret_cast<void*>(launch.partials)};
+  const Launch in_kernel{launch.parts, launch.partials};
   const bool alone = params.grad_logits == nullptr;
   const LaunchConfig config = config_of(params, launch, alone ? 1 : launch.parts, launch.shared_bytes);
   if (alone) {
     mixce::launch(forward_kernel<T, kCap, kMoments, Pass2::kNone>, config, params, forward, in_kernel);
     if (launch.parts > 1) {
-      mixce::launch(merge_kernel<T, kCap, kMoments>, {params.rows, kWarpSize, 1, 0, config.stream}, params,
-                    forward, in_kernel);
+      mixce::launch(merge_kernel<T, kCap, kMoments>,
+                    {params.logits_rows.number, kWarpSize, 1, 0, config.stream}, params, forward, in_kernel);
     }
   } else if (launch.from_shared) {
     mixce::launch(forward_kernel<T, kCap, kMoments, Pass2::kFromShared>, config, params, forward, in_kernel);
@@ -111,8 +111,8 @@ int cuda_partial_bytes(DType dtype) {
 
 void cuda_forward(const RowParams& params, const ForwardParams& forward_params, const CudaLaunch& launch) {
   with_type(params.dtype, [&](auto tag) {
-    with_bool(params.softcap > 0, [&](auto cap) {
-      with_bool(params.label_smoothing > 0 || forward_params.stats != nullptr, [&](auto moments) {
+    with_bool(has_softcap(params.options), [&](auto cap) {
+      with_bool(needs_moments(params.options) || forward_params.stats != nullptr, [&](auto moments) {
         forward<typename decltype(tag)::Type, cap.value, moments.value>(params, forward_params, launch);
       });
     });
@@ -122,7 +122,7 @@ void cuda_forward(const RowParams& params, const ForwardParams& forward_params, 
 void cuda_logits_grad(const RowParams& params, const CudaLaunch& launch) {
   const LaunchConfig config = config_of(params, launch, 1, launch.shared_bytes);
   with_type(params.dtype, [&](auto tag) {
-    with_bool(params.softcap > 0, [&](auto cap) {
+    with_bool(has_softcap(params.options), [&](auto cap) {
       mixce::launch(logits_grad_kernel<typename decltype(tag)::Type, cap.value>, config, params,
                     Launch{launch.parts, nullptr});
     });

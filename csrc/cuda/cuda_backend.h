@@ -6,14 +6,14 @@
 
 namespace mixce {
 
-// What the Python side decides for a launch: see mixce_kernels/backends/cuda_launch.py.
+// How the Python side has a kernel launched: see mixce_kernels/backends/cuda_launch.py.
 struct CudaLaunch {
   int device;
-  uintptr_t stream;
-  int parts;           // blocks of a row
-  int shared_bytes;    // of a block
-  bool from_shared;    // pass 2 of a forward finds the row in shared memory
-  uintptr_t partials;  // [N, parts] of partial_bytes(dtype), where the rows of a forward alone are split
+  uintptr_t stream;  // a cudaStream_t
+  int parts;         // blocks of a row
+  int shared_bytes;  // of a block
+  bool from_shared;  // pass 2 of a forward finds the row in shared memory
+  void* partials;    // [N, parts] of partial_bytes(dtype), where the rows of a forward alone are split
 };
 
 struct CudaDevice {

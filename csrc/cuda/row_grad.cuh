@@ -16,7 +16,9 @@ struct Gradient {
   const GradTerms<Real> terms;
 
   __device__ __forceinline__ Gradient(const RowParams& params, const GradTerms<Real>& terms)
-      : exponential(scale_of_differences(params)), softcap(params), terms(terms) {}
+      : exponential(scale_of_differences(params.options)),
+        softcap(softcap_of<Real>(params.options)),
+        terms(terms) {}
 
   __device__ __forceinline__ uint4 operator()(uint4 logits) const {
     Real x[F::kWidth];

@@ -35,7 +35,7 @@ struct alignas(16) SharedState {
 // The gradient of an ignored row.
 template <typename T>
 __device__ __forceinline__ void write_zeros(const RowParams& p, uint32_t row, int part, int parts) {
-  T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
+  T* const grad = grad_row<T>(p, row);
   const auto body = body_of<T>(grad, static_cast<int>(p.vocab_size));
   const Share share = share_of(body.count, part, parts);
   uint4* const vectors = reinterpret_cast<uint4*>(grad + body.begin);
@@ -58,13 +58,13 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   const int part = blockIdx.x % launch.parts;
   const Target target = target_of(p, row);
   if (target.ignored) {
-    if (part == 0 && threadIdx.x == 0) finish_ignored_row<Real>(p, f, row);
+    if (part == 0 && threadIdx.x == 0) store_ignored_row<Real>(p, f, row);
     if constexpr (kPass2 != Pass2::kNone) write_zeros<T>(p, row, part, launch.parts);
     return;
   }
 
   const int vocab_size = static_cast<int>(p.vocab_size);
-  const T* const logits = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
+  const T* const logits = logits_row<T>(p, row);
   // Read before any block may write over it.
   const Real x_target =
       loaded_once([&] { return target.known ? Format<T>::to_real(logits[target.column]) : Real{0}; });
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
     return;
   }
   if (threadIdx.x == 0) {
-    Real state[5];
+    Real state[kStateWidth];
     finish_row<kCap, kMoments>(p, f, row, accumulator.part, x_target, target.known, part == 0, state);
     if constexpr (kPass2 != Pass2::kNone) shared.terms = pass_2_terms<kCap>(p, row, state, x_target);
   }
@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   __syncthreads();
   const GradTerms<Real> terms = shared.terms;
   const Gradient<T, kCap> gradient(p, terms);
-  T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
+  T* const grad = grad_row<T>(p, row);
   if constexpr (kPass2 == Pass2::kFromShared) {
     write_row_from_shared(grad, logits, held, body, share, gradient, target.column,
                           Format<T>::from_real(terms.t));
@@ -152,11 +152,11 @@ __global__ void __launch_bounds__(kWarpSize)
       static_cast<const Partial<Real>*>(launch.partials) + static_cast<int64_t>(row) * launch.parts;
   const auto whole = merge_parts<kMoments>(
       launch.parts, [&](int i) -> const auto& { return partials[i]; },
-      Exponential<Real>(scale_of_differences(p)));
+      Exponential<Real>(scale_of_differences(p.options)));
   if (threadIdx.x > 0) return;
-  const T* const logits = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
+  const T* const logits = logits_row<T>(p, row);
   const Real x_target = target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
-  Real state[5];
+  Real state[kStateWidth];
   finish_row<kCap, kMoments>(p, f, row, whole, x_target, target.known, true, state);
 }
 
@@ -167,18 +167,17 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap>))
     logits_grad_kernel(const RowParams row_params, const Launch launch) {
   using Real = typename Format<T>::Real;
   const RowParams p = ptx::read_at_entry(row_params);
-  const uint32_t row = static_cast<uint32_t>(p.rows) - 1 - blockIdx.x / launch.parts;
+  const uint32_t row = static_cast<uint32_t>(p.logits_rows.number) - 1 - blockIdx.x / launch.parts;
   const int part = blockIdx.x % launch.parts;
   const Target target = target_of(p, row);
   if (target.ignored) return write_zeros<T>(p, row, part, launch.parts);
 
-  const T* const logits = static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
-  T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
+  const T* const logits = logits_row<T>(p, row);
+  T* const grad = grad_row<T>(p, row);
   auto& shared = *reinterpret_cast<GradTerms<Real>*>(ptx::shared_memory());
   if (threadIdx.x == 0) {
-    Real state[5];
-#pragma unroll
-    for (int i = 0; i < 5; ++i) state[i] = static_cast<const Real*>(p.state)[i * p.rows + row];
+    Real state[kStateWidth];
+    load_state(p, row, state);
     // Only with a cap, and read before this block may write over it; what another block has written over is
     // of no use to this one.
     const Real x_target = kCap && target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
@@ -198,10 +197,9 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, true>))
   using Real = typename F::Real;
   const RowParams p = ptx::read_at_entry(row_params);
   const uint32_t row = blockIdx.x / launch.parts;
-  const Real factor =
-      loaded_once([&] { return static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride]; });
+  const Real factor = loaded_once([&] { return grad_loss_at<Real>(p, row); });
   if (factor == 1) return;
-  T* const grad = static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
+  T* const grad = grad_row<T>(p, row);
   auto scaled = [&](auto value) {
     if constexpr (sizeof(value) == sizeof(uint4)) {
       Real x[F::kWidth];

@@ -42,7 +42,10 @@ struct Accumulator {
   Partial<Real> part = empty_partial<Real>();
 
   __device__ __forceinline__ Accumulator(const RowParams& params, Real x_target, int target)
-      : exponential(scale_of_differences(params)), softcap(params), x_target(x_target), target(target) {}
+      : exponential(scale_of_differences(params.options)),
+        softcap(softcap_of<Real>(params.options)),
+        x_target(x_target),
+        target(target) {}
 
   // Some vectors, the first of which begins at column `column`, the next ones kThreads vectors apart.
   template <int kVectors>

@@ -7,8 +7,7 @@
 #include <ptx.cuh>
 #include <type_traits>
 
-#include "../mixce_math.h"
-#include "../params.h"
+#include "../rows.h"
 
 namespace mixce {
 
@@ -160,7 +159,7 @@ template <>
 struct Exponential<float> {
   float rate;
   __device__ __forceinline__ explicit Exponential(double scale)
-      : rate(static_cast<float>(scale * 1.4426950408889634)) {}
+      : rate(static_cast<float>(scale * kLog2E<double>)) {}
   __device__ __forceinline__ float operator()(float d) const { return ptx::exp2_approx(d * rate); }
 };
 template <>
@@ -170,44 +169,20 @@ struct Exponential<double> {
   __device__ __forceinline__ double operator()(double d) const { return exp(scale * d); }
 };
 
-// The softcap, and how it follows the scale: with a cap the scale is applied inside of it, without one to
-// differences of logits, which keeps the digits of logits near 1e5.
-template <typename Real>
-struct Softcap {
-  Real cap, tanh_scale;
-  __device__ __forceinline__ explicit Softcap(const RowParams& p)
-      : cap(static_cast<Real>(p.softcap)), tanh_scale(static_cast<Real>(p.logit_scale / p.softcap)) {}
-};
-__device__ __forceinline__ double scale_of_differences(const RowParams& p) {
-  return p.softcap > 0 ? 1.0 : p.logit_scale;
-}
-
-// cap * tanh(tanh_scale * x) and its slope by its argument, 1 - tanh^2, without the cancellation.
-template <typename Real>
-struct Capped {
-  Real value, slope;
-};
-__device__ __forceinline__ Capped<float> capped(float x, const Softcap<float>& softcap) {
+__device__ __forceinline__ Capped<Scalar<float>> capped(float x, const Softcap<float>& softcap) {
   const float u = softcap.tanh_scale * x;
-  // expm1(-2|u|) = 2^n * p * f + (2^n - 1), with n the nearest integer and 1 + p * f of least maximal error
-  // on [-1/2, 1/2]; tanh|u| = -expm1 / (expm1 + 2). The comparison lets a NaN pass.
-  const float unbounded = fabsf(u) * -2.885390081777927f;
-  const float t = unbounded < -127.0f ? -127.0f : unbounded;
-  const float shifted = t + (0x1.8p23f + 127.0f);
-  const float f = t - (shifted - (0x1.8p23f + 127.0f));
-  const float power = __uint_as_float(__float_as_uint(shifted) << 23);
-  float p = fmaf(f, 0x1.41fbbcp-13f, 0x1.5f3e52p-10f);
-  p = fmaf(f, p, 0x1.3b2d4cp-7f);
-  p = fmaf(f, p, 0x1.c6aee8p-5f);
-  p = fmaf(f, p, 0x1.ebfbdcp-3f);
-  p = fmaf(f, p, 0x1.62e430p-1f);
+  constexpr float kFactor = 2 * kLog2E<float>;
+  // With the exponent's bias, so that the low bits become a power of 2.
+  constexpr float kMagic = kRoundToInteger + 127.0f;
+  const float unbounded = fabsf(u) * -kFactor;
+  const float t = unbounded < -127.0f ? -127.0f : unbounded;  // lets a NaN pass
+  const float shifted = t + kMagic;
+  const float f = t - (shifted - kMagic);
+  const float power = __uint_as_float(__float_as_uint(shifted) << 23), p = exp2_polynomial<Scalar<float>>(f);
+  // expm1(-2|u|) = 2^n * p * f + (2^n - 1); tanh|u| = -expm1 / (expm1 + 2).
   const float expm1 = fmaf(power * p, f, power - 1.0f), exponential = fmaf(power * p, f, power);
   const float inverse = ptx::reciprocal_approx(expm1 + 2.0f);
   return {softcap.cap * copysignf(-expm1 * inverse, u), 4.0f * exponential * (inverse * inverse)};
-}
-__device__ __forceinline__ Capped<double> capped(double x, const Softcap<double>& softcap) {
-  const double t = tanh(softcap.tanh_scale * x);
-  return {softcap.cap * t, (1 - t) * (1 + t)};
 }
 
 }  // namespace mixce

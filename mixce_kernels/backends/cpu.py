@@ -20,7 +20,7 @@ if native.MISSING is None:
 # Below this many logits a second thread costs more than it saves.
 _LOGITS_PER_THREAD = 1 << 15
 # A gradient larger than this would push everything else out of the caches.
-_STREAM_BYTES = 1 << 24
+_STREAMING_STORES_BYTES = 1 << 24
 
 checks_targets = True
 
@@ -46,10 +46,16 @@ def forward(
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     rows, forward, _kept = native.forward_params(
-        logits, targets, eta, eta_value, options, results, grad_loss, grad_logits,
-        threads=_threads(logits), stream=_streams(logits, grad_logits),
-    )  # fmt: skip
-    bad_row = _C.cpu_forward(isa(), rows, forward)
+        logits=logits,
+        targets=targets,
+        eta=eta,
+        eta_value=eta_value,
+        options=options,
+        results=results,
+        grad_loss=grad_loss,
+        grad_logits=grad_logits,
+    )
+    bad_row = _C.cpu_forward(rows, forward, _launch(logits, grad_logits))
     if bad_row >= 0:
         raise_bad_target(bad_row, targets, options.ignore_index, logits.shape[-1])
 
@@ -66,19 +72,30 @@ def logits_grad(
     grad_loss, grad_loss_stride = flat(grad_loss.to(state.dtype))
     targets, state = targets.contiguous(), state.contiguous()
     rows = native.row_params(
-        logits, targets, state, options, grad_loss, grad_loss_stride, grad_logits,
-        threads=_threads(logits), stream=_streams(logits, grad_logits),
-    )  # fmt: skip
-    _C.cpu_logits_grad(isa(), rows)
+        logits=logits,
+        targets=targets,
+        state=state,
+        options=options,
+        grad_loss=grad_loss,
+        grad_loss_stride=grad_loss_stride,
+        grad_logits=grad_logits,
+    )
+    _C.cpu_logits_grad(rows, _launch(logits, grad_logits))
 
 
 def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
     """Scales the rows of a gradient in place: see `Backend`."""
     grad_loss, grad_loss_stride = flat(grad_loss.to(accumulate_dtype(grad_logits.dtype)))
     rows = native.row_params(
-        grad_logits, None, None, TokenOptions(), grad_loss, grad_loss_stride, grad_logits, threads=_threads(grad_logits)
+        logits=grad_logits,
+        targets=None,
+        state=None,
+        options=TokenOptions(),
+        grad_loss=grad_loss,
+        grad_loss_stride=grad_loss_stride,
+        grad_logits=grad_logits,
     )
-    _C.cpu_scale_rows(isa(), rows)
+    _C.cpu_scale_rows(rows, _launch(grad_logits, grad_logits))
 
 
 def isa() -> str:
@@ -102,9 +119,17 @@ def _checked_isa(name: str) -> str:
     return name
 
 
-def _threads(logits: Tensor) -> int:
-    return max(1, min(torch.get_num_threads(), logits.numel() // _LOGITS_PER_THREAD))
+def _launch(logits: Tensor, grad_logits: Tensor | None) -> _C.CpuLaunch:
+    n_logits = logits.numel()
+    streaming_stores = (
+        grad_logits is not None
+        and grad_logits is not logits
+        and n_logits * logits.element_size() > _STREAMING_STORES_BYTES
+    )
+    threads = n_logits // _LOGITS_PER_THREAD
+    return _cpu_launch(isa(), min(torch.get_num_threads(), threads) if threads > 1 else 1, streaming_stores)
 
 
-def _streams(logits: Tensor, grad_logits: Tensor | None) -> bool:
-    return grad_logits is not logits and logits.numel() * logits.element_size() > _STREAM_BYTES
+@functools.lru_cache(maxsize=1024)
+def _cpu_launch(isa: str, threads: int, streaming_stores: bool) -> _C.CpuLaunch:
+    return _C.cpu_launch(isa=isa, threads=threads, streaming_stores=streaming_stores)

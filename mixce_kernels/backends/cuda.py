@@ -15,7 +15,7 @@ from mixce_kernels.backends.cuda_launch import (
     VECTOR_BYTES,
     Device,
     RowLaunch,
-    grad_in_forward_launch,
+    forward_launch,
     rows_launch,
 )
 from mixce_kernels.backends.layout import aligned_alike, flat, reachable_layout
@@ -64,31 +64,38 @@ def forward(
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
-    layout, device = reachable_layout(logits), _device(_index(logits))
+    layout = reachable_layout(logits)
     dtype = native.DTYPES[logits.dtype]
     state_bytes = _C.cuda_state_bytes(dtype)
-    row_bytes = logits.shape[-1] * logits.element_size()
-    if grad_logits is None:
-        launch = rows_launch(layout.number, row_bytes, device)
-    else:
-        launch = grad_in_forward_launch(layout.number, row_bytes, state_bytes, device)
-        if not aligned_alike(logits, layout, grad_logits, reachable_layout(grad_logits), VECTOR_BYTES):
-            launch = RowLaunch(1)
-        if not launch.held_bytes and layout.number < device.multiprocessors:
-            # Rows to be read twice, and too few to keep the device busy: two kernels that split them into more parts.
-            assert grad_loss is not None
-            forward(logits, targets, eta, eta_value, options, results, None, None)
-            logits_grad(logits, targets, results.state, grad_loss, options, grad_logits)
-            return
-    partials = None
-    if grad_logits is None and launch.parts > 1:
-        size = layout.number * launch.parts * _C.cuda_partial_bytes(dtype)
-        partials = torch.empty(size, dtype=torch.uint8, device=logits.device)
-    rows, forward_params, _kept = native.forward_params(
-        logits, targets, eta, eta_value, options, results, grad_loss, grad_logits
+    launch = forward_launch(
+        layout.number,
+        logits.shape[-1] * logits.element_size(),
+        state_bytes,
+        _device(_index(logits)),
+        with_grad=grad_logits is not None,
+        aligned_alike=grad_logits is not None
+        and aligned_alike(logits, layout, grad_logits, reachable_layout(grad_logits), VECTOR_BYTES),
     )
+    rows, forward_params, _kept = native.forward_params(
+        logits=logits,
+        targets=targets,
+        eta=eta,
+        eta_value=eta_value,
+        options=options,
+        results=results,
+        grad_loss=None if launch.grad_apart else grad_loss,
+        grad_logits=None if launch.grad_apart else grad_logits,
+    )
+    partials = None
+    if launch.n_partials > 0:
+        size = launch.n_partials * _C.cuda_partial_bytes(dtype)
+        partials = torch.empty(size, dtype=torch.uint8, device=logits.device)
     with _on_device(logits):
-        _C.cuda_forward(rows, forward_params, _launch(logits, launch, state_bytes, partials))
+        _C.cuda_forward(rows, forward_params, _launch(logits, launch.rows, state_bytes, partials))
+    if launch.grad_apart:
+        assert grad_loss is not None
+        assert grad_logits is not None
+        logits_grad(logits, targets, results.state, grad_loss, options, grad_logits)
 
 
 def logits_grad(
@@ -102,7 +109,15 @@ def logits_grad(
     """The gradient from the state of the forward: see `Backend`."""
     grad_loss, grad_loss_stride = flat(grad_loss.to(state.dtype))
     targets, state = targets.contiguous(), state.contiguous()
-    rows = native.row_params(logits, targets, state, options, grad_loss, grad_loss_stride, grad_logits)
+    rows = native.row_params(
+        logits=logits,
+        targets=targets,
+        state=state,
+        options=options,
+        grad_loss=grad_loss,
+        grad_loss_stride=grad_loss_stride,
+        grad_logits=grad_logits,
+    )
     with _on_device(logits):
         _C.cuda_logits_grad(rows, _split_launch(logits))
 
@@ -110,7 +125,15 @@ def logits_grad(
 def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
     """Scales the rows of a gradient in place: see `Backend`."""
     grad_loss, grad_loss_stride = flat(grad_loss.to(accumulate_dtype(grad_logits.dtype)))
-    rows = native.row_params(grad_logits, None, None, TokenOptions(), grad_loss, grad_loss_stride, grad_logits)
+    rows = native.row_params(
+        logits=grad_logits,
+        targets=None,
+        state=None,
+        options=TokenOptions(),
+        grad_loss=grad_loss,
+        grad_loss_stride=grad_loss_stride,
+        grad_logits=grad_logits,
+    )
     with _on_device(grad_logits):
         _C.cuda_scale_rows(rows, _split_launch(grad_logits))
 
@@ -151,11 +174,11 @@ def _split_launch(logits: Tensor) -> _C.CudaLaunch:
 
 
 def _launch(logits: Tensor, launch: RowLaunch, state_bytes: int, partials: Tensor | None = None) -> _C.CudaLaunch:
-    return _C.CudaLaunch(
-        _index(logits),
-        torch.cuda.current_stream(logits.device).cuda_stream if logits.is_cuda else 0,
-        launch.parts,
-        state_bytes + launch.held_bytes,
-        launch.held_bytes > 0,
-        0 if partials is None else partials.data_ptr(),
+    return _C.cuda_launch(
+        device=_index(logits),
+        stream=torch.cuda.current_stream(logits.device).cuda_stream if logits.is_cuda else 0,
+        parts=launch.parts,
+        shared_bytes=state_bytes + launch.held_bytes,
+        from_shared=launch.held_bytes > 0,
+        partials=0 if partials is None else partials.data_ptr(),
     )

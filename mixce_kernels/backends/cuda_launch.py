@@ -35,6 +35,14 @@ class RowLaunch(NamedTuple):
     held_bytes: int = 0
 
 
+class ForwardLaunch(NamedTuple):
+    """The launch of a forward, the partial statistics of its split rows, and whether its gradient is another kernel."""
+
+    rows: RowLaunch
+    n_partials: int = 0
+    grad_apart: bool = False
+
+
 @functools.lru_cache(maxsize=1024)
 def rows_launch(n_rows: int, row_bytes: int, device: Device) -> RowLaunch:
     """The launch of kernels whose blocks need not meet, and of the forward alone.
@@ -71,3 +79,21 @@ def grad_in_forward_launch(n_rows: int, row_bytes: int, state_bytes: int, device
             if held_bytes + state_bytes <= limit:
                 return RowLaunch(parts, held_bytes)
     return RowLaunch(1)
+
+
+@functools.lru_cache(maxsize=1024)
+def forward_launch(
+    n_rows: int, row_bytes: int, state_bytes: int, device: Device, *, with_grad: bool, aligned_alike: bool
+) -> ForwardLaunch:
+    """The launch of a forward, alone or with its gradient.
+
+    Shared memory holds a row for pass 2 only where the gradient's rows lie as the logits' do to VECTOR_BYTES
+    (`aligned_alike`). Rows that it does not hold are read twice; where they are also too few to keep the device busy,
+    the gradient is another kernel's work, so that both kernels split them into more parts.
+    """
+    if with_grad:
+        launch = grad_in_forward_launch(n_rows, row_bytes, state_bytes, device) if aligned_alike else RowLaunch(1)
+        if launch.held_bytes or n_rows >= device.multiprocessors:
+            return ForwardLaunch(launch)
+    launch = rows_launch(n_rows, row_bytes, device)
+    return ForwardLaunch(launch, n_partials=n_rows * launch.parts if launch.parts > 1 else 0, grad_apart=with_grad)

@@ -19,8 +19,9 @@ class RowLayout(NamedTuple):
 def layout_of(tensor: Tensor) -> RowLayout | None:
     """The rows of a tensor [..., V], or None where the last stride is not 1 or two strides cannot reach every row."""
     if tensor.is_contiguous():
-        count = tensor.numel() // tensor.shape[-1]
-        return RowLayout(count, max(count, 1), 0, tensor.shape[-1])
+        vocab_size = tensor.shape[-1]
+        count = tensor.numel() // vocab_size
+        return RowLayout(count, count or 1, 0, vocab_size)
     *sizes, vocab_size = tensor.shape
     *strides, last_stride = tensor.stride()
     if last_stride != 1 and vocab_size != 1:

@@ -1,0 +1,81 @@
+// Where the numbers of a row lie, and how its results are stored. Host and device, with internal linkage: see
+// mixce_math.h. `Index` is the type in which rows are counted.
+#pragma once
+
+#include "mixce_math.h"
+
+namespace mixce {
+
+template <typename Index>
+MIXCE_INLINE int64_t row_offset(const RowLayout& layout, Index row) {
+  const Index inner = static_cast<Index>(layout.inner);
+  return (row / inner) * layout.outer_stride + (row % inner) * layout.inner_stride;
+}
+
+template <typename T, typename Index>
+MIXCE_INLINE const T* logits_row(const RowParams& p, Index row) {
+  return static_cast<const T*>(p.logits) + row_offset(p.logits_rows, row);
+}
+
+template <typename T, typename Index>
+MIXCE_INLINE T* grad_row(const RowParams& p, Index row) {
+  return static_cast<T*>(p.grad_logits) + row_offset(p.grad_rows, row);
+}
+
+template <typename Index>
+MIXCE_INLINE int64_t target_at(const RowParams& p, Index row) {
+  return p.targets_int64 ? static_cast<const int64_t*>(p.targets)[row]
+                         : static_cast<int64_t>(static_cast<const int32_t*>(p.targets)[row]);
+}
+
+template <typename Real, typename Index>
+MIXCE_INLINE Real grad_loss_at(const RowParams& p, Index row) {
+  return static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride];
+}
+
+template <typename Real, typename Index>
+MIXCE_INLINE double eta_at(const ForwardParams& f, Index row) {
+  return f.eta == nullptr ? f.eta_value : static_cast<const Real*>(f.eta)[row * f.eta_stride];
+}
+
+// A row's entry of each of kWidth results [kWidth, rows], in the type Real.
+template <typename Real, int kWidth, typename Number, typename Index>
+MIXCE_INLINE void store_numbers(void* results, int64_t rows, Index row, const Number (&numbers)[kWidth]) {
+  for (int i = 0; i < kWidth; ++i)
+    static_cast<Real*>(results)[i * rows + row] = static_cast<Real>(numbers[i]);
+}
+
+template <typename Real, typename Index>
+MIXCE_INLINE void store_loss(const RowParams& p, const ForwardParams& f, Index row, double loss,
+                             const Real (&state)[kStateWidth]) {
+  static_cast<Real*>(f.loss)[row] = static_cast<Real>(loss);
+  store_numbers<Real>(p.state, p.logits_rows.number, row, state);
+}
+
+template <typename Real, typename Index>
+MIXCE_INLINE void load_state(const RowParams& p, Index row, Real (&state)[kStateWidth]) {
+  for (int i = 0; i < kStateWidth; ++i) {
+    state[i] = static_cast<const Real*>(p.state)[i * p.logits_rows.number + row];
+  }
+}
+
+// `first_of_largest`: no logit of the row beats the target's.
+template <typename Real, typename Index>
+MIXCE_INLINE void store_stats(const RowParams& p, const ForwardParams& f, Index row, const TokenTerms& terms,
+                              double entropy, bool first_of_largest) {
+  const double stats[kStatsWidth] = {terms.nll, terms.q, terms.weight, terms.lse, entropy};
+  store_numbers<Real>(f.stats, p.logits_rows.number, row, stats);
+  f.correct[row] = first_of_largest && terms.nll == terms.nll;
+}
+
+// Results of an ignored row, all 0.
+template <typename Real, typename Index>
+MIXCE_INLINE void store_ignored_row(const RowParams& p, const ForwardParams& f, Index row) {
+  const Real state[kStateWidth] = {}, stats[kStatsWidth] = {};
+  store_loss<Real>(p, f, row, 0, state);
+  if (f.stats == nullptr) return;
+  store_numbers<Real>(f.stats, p.logits_rows.number, row, stats);
+  f.correct[row] = false;
+}
+
+}  // namespace mixce
