@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from mixce_kernels.backends import devices, native
+from mixce_kernels.backends import native
 from mixce_kernels.backends.cuda_launch import (
     MAX_CLUSTER,
     VECTOR_BYTES,
@@ -16,6 +16,9 @@ from mixce_kernels.backends.cuda_launch import (
     grad_in_forward_launch,
     rows_launch,
 )
+from mixce_kernels.backends.devices import device_index as _index
+from mixce_kernels.backends.devices import on_device as _on_device
+from mixce_kernels.backends.devices import unsuited_to_cuda
 from mixce_kernels.backends.layout import aligned_alike, flat, reachable_layout
 from mixce_kernels.backends.results import Results
 from mixce_kernels.options import TokenOptions, accumulate_dtype
@@ -37,7 +40,7 @@ def unavailable(logits: Tensor) -> str | None:
         return native.MISSING
     if not native.HAS_CUDA:
         return "the native extension was built without CUDA; reinstall mixce_kernels where nvcc is found"
-    reason = devices.unsuited_to_cuda(logits, "the logits") or _device_unsuited(devices.device_index(logits))
+    reason = unsuited_to_cuda(logits, "the logits") or _device_unsuited(_index(logits))
     if reason is not None:
         return reason
     n_rows, vocab_size = logits.shape[:-1].numel(), logits.shape[-1]
@@ -57,7 +60,7 @@ def forward(
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
-    layout, device = reachable_layout(logits), _device(devices.device_index(logits))
+    layout, device = reachable_layout(logits), _device(_index(logits))
     dtype = native.DTYPES[logits.dtype]
     state_bytes = _C.cuda_state_bytes(dtype)
     row_bytes = logits.shape[-1] * logits.element_size()
@@ -80,7 +83,7 @@ def forward(
     rows, forward_params, _kept = native.forward_params(
         logits, targets, eta, eta_value, options, results, grad_loss, grad_logits
     )
-    with devices.on_device(logits):
+    with _on_device(logits):
         _C.cuda_forward(rows, forward_params, _launch(logits, launch, state_bytes, partials))
 
 
@@ -96,7 +99,7 @@ def logits_grad(
     grad_loss, grad_loss_stride = flat(grad_loss.to(state.dtype))
     targets, state = targets.contiguous(), state.contiguous()
     rows = native.row_params(logits, targets, state, options, grad_loss, grad_loss_stride, grad_logits)
-    with devices.on_device(logits):
+    with _on_device(logits):
         _C.cuda_logits_grad(rows, _split_launch(logits))
 
 
@@ -104,7 +107,7 @@ def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
     """Scales the rows of a gradient in place: see `Backend`."""
     grad_loss, grad_loss_stride = flat(grad_loss.to(accumulate_dtype(grad_logits.dtype)))
     rows = native.row_params(grad_logits, None, None, TokenOptions(), grad_loss, grad_loss_stride, grad_logits)
-    with devices.on_device(grad_logits):
+    with _on_device(grad_logits):
         _C.cuda_scale_rows(rows, _split_launch(grad_logits))
 
 
@@ -131,13 +134,13 @@ def _device(index: int) -> Device:
 
 def _split_launch(logits: Tensor) -> _C.CudaLaunch:
     row_bytes = logits.shape[-1] * logits.element_size()
-    launch = rows_launch(reachable_layout(logits).number, row_bytes, _device(devices.device_index(logits)))
+    launch = rows_launch(reachable_layout(logits).number, row_bytes, _device(_index(logits)))
     return _launch(logits, launch, _C.cuda_state_bytes(native.DTYPES[logits.dtype]))
 
 
 def _launch(logits: Tensor, launch: RowLaunch, state_bytes: int, partials: Tensor | None = None) -> _C.CudaLaunch:
     return _C.CudaLaunch(
-        devices.device_index(logits),
+        _index(logits),
         torch.cuda.current_stream(logits.device).cuda_stream if logits.is_cuda else 0,
         launch.parts,
         state_bytes + launch.held_bytes,

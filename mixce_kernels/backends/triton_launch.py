@@ -45,8 +45,8 @@ _MAX_HELD_WITH_OPTIONS = 4
 _TILE_PROGRAMS = 256
 # Registers per thread: the hardware's maximum. With this limit ptxas does not spill to raise occupancy.
 _MAX_REGISTERS = 255
-# Calls whose configurations are kept: to choose one takes 2 us of the host's 20 for a launch.
-_CALLS = 256
+# Configurations that are kept for later calls: computing one takes the host 2 us, a whole launch some 20.
+_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class TileConfig:
         }
 
 
-@functools.lru_cache(maxsize=_CALLS)
+@functools.lru_cache(maxsize=_KEPT)
 def row_config(
     vocab_size: int,
     itemsize: int,
@@ -157,7 +157,7 @@ def row_config(
     return RowConfig(_STACK[itemsize], lanes, vector, num_warps, n_ctas, n_steps, rest, held, max_registers)
 
 
-@functools.lru_cache(maxsize=_CALLS)
+@functools.lru_cache(maxsize=_KEPT)
 def tile_config(
     n_rows: int, vocab_size: int, itemsize: int, with_softcap: bool = False, warp_size: int = 32
 ) -> TileConfig:
