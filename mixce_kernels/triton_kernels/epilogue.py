@@ -8,8 +8,9 @@ from mixce_kernels.triton_kernels.mixce_math import STATE_WIDTH, STATS_WIDTH, as
 
 @triton.jit
 def column_of(target, vocab_size):
-    """A target's column: -1, which no logit has, where the target is out of range."""
-    return tl.where((target >= 0) & (target < vocab_size), target, -1).to(tl.int32)
+    """A target's range check and its column: -1, which no logit has, where the target is out of range."""
+    known = (target >= 0) & (target < vocab_size)
+    return known, tl.where(known, target, -1).to(tl.int32)
 
 
 @triton.jit
@@ -30,7 +31,7 @@ def finish_rows(
     valid,  # which results are not 0; None: all of them
     lanes,  # of whole rows, as in `row_stats.py`
     x_target,
-    target_column,
+    known,  # which targets are in range
     eta,
     vocab_size,
     transform,
@@ -44,7 +45,7 @@ def finish_rows(
     _, _, _, diff_scale = transform
     real: tl.constexpr = m.dtype
     # A target out of range makes NaN of all that follows.
-    s = tl.where(target_column >= 0, tl.log(sum_exp), float("nan")).to(tl.float64)
+    s = tl.where(known, tl.log(sum_exp), float("nan")).to(tl.float64)
     mean_shifted = tl.full((), 0.0, tl.float64)
     if SMOOTH:
         mean_shifted = diff_scale * (sum_shifted.to(tl.float64) / vocab_size)

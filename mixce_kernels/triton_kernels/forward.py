@@ -94,8 +94,8 @@ def forward_kernel(
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
     transform = transform_of(diff_scale, cap, tanh_scale, real)
     logits_ptr += row_offset(row, inner, outer_stride, inner_stride)
-    target_column = column_of(target, vocab_size)
-    x_target = tl.load(logits_ptr + target_column, mask=target_column >= 0, other=0.0).to(real)
+    known, target_column = column_of(target, vocab_size)
+    x_target = tl.load(logits_ptr + target_column, mask=known, other=0.0).to(real)
 
     # Pass 1.
     head = head_of(logits_ptr, VECTOR)
@@ -134,7 +134,7 @@ def forward_kernel(
     cta = tl.arange(0, CTAS)[:, None]
     eta = eta_of(eta_ptr, row, eta_stride, eta_value, HAS_ETA)
     state = finish_rows(
-        results, n_rows, 0 * cta, cta == 0, None, lanes, x_target, target_column, eta, vocab_size, transform,
+        results, n_rows, 0 * cta, cta == 0, None, lanes, x_target, known, eta, vocab_size, transform,
         (label_smoothing, z_loss), SMOOTH, CAP, STATS,
     )  # fmt: skip
 

@@ -77,7 +77,7 @@ def logits_grad_kernel(
     )
     terms = grad_terms(state, broadcast(grad_loss, 0), logit_scale)
     transform = transform_of(diff_scale, cap, tanh_scale, real)
-    target_column = column_of(target, vocab_size)
+    target_column = column_of(target, vocab_size)[1]
     logits_ptr += row_offset(row, inner, outer_stride, inner_stride)
     row_grad(
         logits_ptr, grad_ptr, vocab_size, n_steps, first_step, end_step, target_column, terms, transform,

@@ -79,7 +79,7 @@ def linear_forward_kernel(
     transform = transform_of(diff_scale, cap, tanh_scale, real)
     row, in_rows = rows_at(order_ptr, n_valid, block * BLOCK_N, BLOCK_N)
     # 32 bits: comparisons with a tile's columns take half the registers. No column for a target that is none.
-    target = column_of(tl.load(targets_ptr + row).to(tl.int64), vocab_size)
+    target = column_of(tl.load(targets_ptr + row).to(tl.int64), vocab_size)[1]
     hidden_rows = hidden_ptr + row * hidden_stride
     zeros = tl.zeros((BLOCK_N,), real)
     lanes = (zeros - float("inf"), zeros, zeros, zeros, zeros, 0)
@@ -195,10 +195,10 @@ def linear_merge_kernel(
         beaten = 1.0 - tl.sum(tl.where(split == first[None, :], hit, 0.0), axis=0)
 
     # Epilogue.
-    target_column = column_of(target, vocab_size)
+    known, _ = column_of(target, vocab_size)
     eta = eta_of(eta_ptr, row, eta_stride, eta_value, HAS_ETA)
     lanes = (m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten)
     finish_rows(
-        (loss_ptr, state_ptr, stats_ptr, correct_ptr), n_rows, row, in_rows, valid, lanes, x_target, target_column,
+        (loss_ptr, state_ptr, stats_ptr, correct_ptr), n_rows, row, in_rows, valid, lanes, x_target, known,
         eta, vocab_size, transform, (label_smoothing, z_loss), SMOOTH, CAP, STATS,
     )  # fmt: skip
