@@ -18,8 +18,8 @@ from linear_tiles_check import EVERY, PER_TOKEN, check_case, check_tiny_upstream
 from oracle import Options
 
 from mixce_kernels import fused_linear_mixce_loss
+from mixce_kernels.backends.devices import EMULATED_MULTIPROCESSORS
 from mixce_kernels.linear import tiles as linear_tiles
-from mixce_kernels.linear.tiles import _EMULATED_MULTIPROCESSORS
 from mixce_kernels.linear.tiles_launch import forward_config, grad_config
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -69,15 +69,15 @@ def check_counts(launches: list[Any]) -> None:
         weight = torch.randn(v, d, generator=generator).bfloat16().requires_grad_()
         launches.clear()
         fused_linear_mixce_loss(hidden, weight, torch.arange(n), path="tiles").backward()
-        model = linear_model.modelled("tiles", "forward + backward", n, v, d, 80, _EMULATED_MULTIPROCESSORS).launches
+        model = linear_model.modelled("tiles", "forward + backward", n, v, d, 80, EMULATED_MULTIPROCESSORS).launches
         ours = [launch for launch in model if launch.name != linear_model.IN_ORDER]
         for launch, expected in zip(launches, ours, strict=True):
             counted[launch.name.removesuffix("_kernel"), d] = launch.counters
             touched = launch.counters["unique_loaded_bytes"] + launch.counters["unique_stored_bytes"]
             # Besides, some numbers of each row.
             assert 0 <= touched - expected.memory_bytes <= 80 * n, (launch.name, d, touched, expected)
-    tiles = forward_config(n, v, 2, arch=80, multiprocessors=_EMULATED_MULTIPROCESSORS).tiles
-    block_out = grad_config(n, v, 128, 2, arch=80, multiprocessors=_EMULATED_MULTIPROCESSORS).block_out
+    tiles = forward_config(n, v, 2, arch=80, multiprocessors=EMULATED_MULTIPROCESSORS).tiles
+    block_out = grad_config(n, v, 128, 2, arch=80, multiprocessors=EMULATED_MULTIPROCESSORS).block_out
     for kernel, bytes_of in linear_model.read_by_programs(tiles, block_out).items():
         of_depth = [bytes_of(n, v, d) for d in depths]
         for index, (key, slack) in enumerate((("global_loaded_bytes", 0.15), ("global_stored_bytes", 0.0))):

@@ -142,7 +142,7 @@ def test_only_what_is_wanted_is_computed() -> None:
     inputs = build_linear(_case("wanted", 24, shape=(20, 300), dtype=FLOAT16, bias="random", reduction="none"))
     _, together = run(inputs)
     launched = []
-    kernels = linear_tiles._kernels("linear_gradient")
+    kernels = linear_tiles.kernels("linear_gradient")
     for index, kernel in enumerate(("linear_grad_hidden_kernel", "linear_grad_weight_kernel", None)):
         leaves = [leaf.detach().requires_grad_(i == index) for i, leaf in enumerate(inputs.leaves)]
         others = {"linear_grad_hidden_kernel", "linear_grad_weight_kernel"} - {kernel}
@@ -167,10 +167,11 @@ def test_same_bits_on_every_run() -> None:
 def test_planted_faults_are_found(fault: str) -> None:
     """What the checks above are worth."""
     valid_first, config = linear_tiles._valid_first, linear_tiles.forward_config
+    gradient_arguments = linear_tiles.gradient_arguments
     faults = {
         "ignored rows count": ("_valid_first", lambda targets, _: valid_first(targets, 2**40)),
         "no scale of float16": ("_scale", lambda *_: torch.ones(1)),
-        "another slope": ("_transform", lambda options: (1.0, torch.inf, 0.0, 1.01)),
+        "another slope": ("gradient_arguments", lambda options: gradient_arguments(options) | {"logit_scale": 1.01}),
         "a split is lost": ("forward_config", lambda *call: dataclasses.replace(config(*call), n_splits=1)),
     }
     name, planted = faults[fault]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 
 import torch
 from torch import Tensor
@@ -18,6 +16,9 @@ from mixce_kernels.backends.cuda_launch import (
     forward_launch,
     rows_launch,
 )
+from mixce_kernels.backends.devices import device_index as _index
+from mixce_kernels.backends.devices import on_device as _on_device
+from mixce_kernels.backends.devices import unsuited_to_cuda
 from mixce_kernels.backends.layout import aligned_alike, flat, reachable_layout
 from mixce_kernels.backends.results import Results
 from mixce_kernels.options import TokenOptions, accumulate_dtype
@@ -39,12 +40,7 @@ def unavailable(logits: Tensor) -> str | None:
         return native.MISSING
     if not native.HAS_CUDA:
         return "the native extension was built without CUDA; reinstall mixce_kernels where nvcc is found"
-    if logits.device.type == "cpu":
-        if os.environ.get("MIXCE_CPU_TENSORS") != "1":
-            return "it runs on CUDA tensors, and the logits are on cpu"
-    elif logits.device.type != "cuda" or torch.version.hip is not None:
-        return f"it runs on tensors of an NVIDIA GPU, and the logits are on {logits.device}"
-    reason = _device_unsuited(_index(logits))
+    reason = unsuited_to_cuda(logits, "the logits") or _device_unsuited(_index(logits))
     if reason is not None:
         return reason
     n_rows, vocab_size = logits.shape[:-1].numel(), logits.shape[-1]
@@ -157,14 +153,6 @@ def _device_unsuited(index: int) -> str | None:
 def _device(index: int) -> Device:
     _, *facts = _C.cuda_device(index)
     return Device(*facts)
-
-
-def _index(tensor: Tensor) -> int:
-    return tensor.device.index if tensor.is_cuda else 0
-
-
-def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device_of(tensor) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _split_launch(logits: Tensor) -> _C.CudaLaunch:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from mixce_kernels.backends.triton_launch import VECTOR_BYTES, register_arguments
 
 # A running sum over so many tiles of a row stays accurate; what a split leaves is summed as a tree.
 _SPLIT_TILES = 64
@@ -42,6 +45,15 @@ class Tiles:
     max_registers: int | None
     group: int = _GROUP
 
+    def blocks(self) -> dict[str, int]:
+        """The arguments of the kernels that compute tiles of logits."""
+        return {"BLOCK_N": self.block_n, "BLOCK_V": self.block_v, "BLOCK_D": self.block_d}
+
+    def arguments(self) -> dict[str, int]:
+        """The arguments of every kernel that multiplies, and of its launch."""
+        launch = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return {"GROUP": self.group, **launch, **register_arguments(self.max_registers)}
+
 
 @dataclass(frozen=True)
 class ForwardConfig:
@@ -53,6 +65,11 @@ class ForwardConfig:
     split_size: int
     merge_splits: int
     merge_rows: int
+
+    def merge_arguments(self) -> dict[str, int]:
+        """The arguments of `linear_merge_kernel` and of its launch."""
+        registers = register_arguments(self.tiles.max_registers)
+        return {"SPLITS": self.merge_splits, "ROWS": self.merge_rows, "num_warps": 4, **registers}
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,11 @@ def grad_config(
     return GradConfig(
         tiles, n_row_blocks, n_depth_blocks, span, block_k, block_out, _cdiv(span, split_size), split_size
     )
+
+
+def depth_arguments(depth: int, block: int, itemsize: int, aligned: bool) -> dict[str, Any]:
+    """The arguments that say whether rows are whole blocks of depth, and how many elements are a vector of theirs."""
+    return {"EVEN": depth % block == 0, "VECTOR": VECTOR_BYTES // itemsize if aligned else 1}
 
 
 def _tiles(n_rows: int, itemsize: int, narrow: bool, aligned: bool, arch: int) -> Tiles:

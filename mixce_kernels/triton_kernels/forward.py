@@ -5,28 +5,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mixce_kernels.triton_kernels.epilogue import column_of, eta_of, finish_ignored_row, finish_rows
 from mixce_kernels.triton_kernels.jit import bound, kernel
-from mixce_kernels.triton_kernels.mixce_math import as_real, capped, token_terms
-from mixce_kernels.triton_kernels.row_grad import (
-    converted_anew,
-    fill_zeros,
-    grad_of,
-    grad_terms,
-    head_of,
-    held_tiles,
-    rest_of,
-    row_begin,
-    row_grad,
-    tile_index,
-)
+from mixce_kernels.triton_kernels.mixce_math import grad_terms, transform_of
+from mixce_kernels.triton_kernels.row_grad import converted_anew, fill_zeros, grad_of, row_grad
+from mixce_kernels.triton_kernels.row_layout import head_of, held_tiles, rest_of, row_offset, tile_index
 from mixce_kernels.triton_kernels.row_stats import add_body, add_rest, empty_lanes, exchange, merge_lanes
-
-
-@triton.jit
-def store_row(ptr, value, CTAS: tl.constexpr):
-    """Stores a row's value [CTAS, 1] once."""
-    cta = tl.arange(0, CTAS)[:, None]
-    tl.store(ptr + 0 * cta, value, mask=cta == 0)
 
 
 @triton.jit
@@ -96,33 +80,21 @@ def forward_kernel(
     STEP: tl.constexpr = CTAS * LANES * VECTOR
     BLOCK: tl.constexpr = STACK * STEP
     row = tl.program_id(0)
-    loss_ptr += row
-    state_ptr += row
-    stats_ptr += row
-    correct_ptr += row
+    results = (loss_ptr + row, state_ptr + row, stats_ptr + row, correct_ptr + row)
     target = tl.load(targets_ptr + row).to(tl.int64)
     if HAS_GRAD:
-        grad_ptr += row_begin(row, grad_inner, grad_outer_stride, grad_inner_stride)
+        grad_ptr += row_offset(row, grad_inner, grad_outer_stride, grad_inner_stride)
     if target == ignore_index:
-        tl.store(loss_ptr, 0.0)
-        for i in tl.static_range(5):
-            tl.store(state_ptr + i * n_rows, 0.0)
-        if STATS:
-            for i in tl.static_range(5):
-                tl.store(stats_ptr + i * n_rows, 0.0)
-            tl.store(correct_ptr, False)
+        finish_ignored_row(results, n_rows, STATS)
         if HAS_GRAD:
             fill_zeros(grad_ptr, vocab_size, n_steps, 0, n_steps, CTAS, LANES, VECTOR, REST)
         return
 
     real: tl.constexpr = loss_ptr.dtype.element_ty
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    diff_scale = as_real(diff_scale, tl.float64)
-    rate = (diff_scale * 1.4426950408889634).to(real)
-    transform = (rate, as_real(cap, real), as_real(tanh_scale, real))
-    logits_ptr += row_begin(row, inner, outer_stride, inner_stride)
-    known = (target >= 0) & (target < vocab_size)
-    target_column = tl.where(known, target, -1).to(tl.int32)
+    transform = transform_of(diff_scale, cap, tanh_scale, real)
+    logits_ptr += row_offset(row, inner, outer_stride, inner_stride)
+    known, target_column = column_of(target, vocab_size)
     x_target = tl.load(logits_ptr + target_column, mask=known, other=0.0).to(real)
 
     # Pass 1.
@@ -153,46 +125,23 @@ def forward_kernel(
             columns = head + N_BLOCKS * BLOCK + (i - N_BLOCKS) * STEP + in_step
             lanes = add_body(lanes, tiles[i], columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
     lanes = add_rest(lanes, x_rest, rest, in_rest, target_column, x_target, transform, SMOOTH, CAP, STATS)
-    lanes = merge_lanes(lanes, rate, SMOOTH, STATS)
+    lanes = merge_lanes(lanes, transform[0], SMOOTH, STATS)
     if CTAS > 1:
         lanes = exchange(lanes, partial_ptr + row * (6 * CTAS), CTAS, LANES, SMOOTH, STATS)
-        lanes = merge_lanes(lanes, rate, SMOOTH, STATS)
+        lanes = merge_lanes(lanes, transform[0], SMOOTH, STATS)
 
     # Epilogue.
-    m, sum_exp, sum_shifted, sum_exp_shifted, _, beaten = lanes
-    s = tl.where(known, tl.log(sum_exp), float("nan")).to(tl.float64)
-    mean_shifted = tl.full((), 0.0, tl.float64)
-    if SMOOTH:
-        mean_shifted = diff_scale * (sum_shifted.to(tl.float64) / vocab_size)
-    z_target = x_target
-    if CAP:
-        z_target, _ = capped(x_target, transform[1], transform[2])
-    eta = as_real(eta_value, tl.float64)
-    if HAS_ETA:
-        eta = tl.load(eta_ptr + row * eta_stride).to(tl.float64)
-    loss, nll, q, weight, lse, a, c, t = token_terms(
-        diff_scale * m, s, diff_scale * (z_target.to(tl.float64) - m), mean_shifted, eta, vocab_size,
-        as_real(label_smoothing, tl.float64), as_real(z_loss, tl.float64), real,
+    cta = tl.arange(0, CTAS)[:, None]
+    eta = eta_of(eta_ptr, row, eta_stride, eta_value, HAS_ETA)
+    state = finish_rows(
+        results, n_rows, 0 * cta, cta == 0, None, lanes, x_target, known, eta, vocab_size, transform,
+        (label_smoothing, z_loss), SMOOTH, CAP, STATS,
     )  # fmt: skip
-    store_row(loss_ptr, loss, CTAS)
-    store_row(state_ptr, m, CTAS)
-    store_row(state_ptr + n_rows, s, CTAS)
-    store_row(state_ptr + 2 * n_rows, a, CTAS)
-    store_row(state_ptr + 3 * n_rows, c, CTAS)
-    store_row(state_ptr + 4 * n_rows, t, CTAS)
-    if STATS:
-        store_row(stats_ptr, nll, CTAS)
-        store_row(stats_ptr + n_rows, q, CTAS)
-        store_row(stats_ptr + 2 * n_rows, weight, CTAS)
-        store_row(stats_ptr + 3 * n_rows, lse, CTAS)
-        store_row(stats_ptr + 4 * n_rows, s - diff_scale * (sum_exp_shifted / sum_exp), CTAS)
-        store_row(correct_ptr, (beaten == 0) & (nll == nll), CTAS)
 
     # Pass 2.
     if HAS_GRAD:
         grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride).to(real)
-        state = (m, s.to(real), a.to(real), c.to(real), t.to(real))
-        terms = grad_terms(state, grad_loss, as_real(logit_scale, real))
+        terms = grad_terms(state, grad_loss, logit_scale)
         if HELD is None:
             row_grad(
                 logits_ptr, grad_ptr, vocab_size, n_steps, 0, n_steps, target_column, terms, transform,

@@ -5,17 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mixce_kernels.triton_kernels.epilogue import column_of
 from mixce_kernels.triton_kernels.jit import bound, kernel
-from mixce_kernels.triton_kernels.mixce_math import as_real
-from mixce_kernels.triton_kernels.row_grad import (
-    fill_zeros,
-    grad_terms,
-    head_of,
-    rest_of,
-    row_begin,
-    row_grad,
-    tile_index,
-)
+from mixce_kernels.triton_kernels.mixce_math import STATE_WIDTH, grad_terms, transform_of
+from mixce_kernels.triton_kernels.row_grad import fill_zeros, row_grad
+from mixce_kernels.triton_kernels.row_layout import head_of, rest_of, row_offset, tile_index
 
 
 @triton.jit
@@ -64,7 +58,7 @@ def logits_grad_kernel(
     first_step = program % n_tiles * tile_steps
     end_step = tl.minimum(first_step + tile_steps, n_steps)
     target = tl.load(targets_ptr + row).to(tl.int64)
-    grad_ptr += row_begin(row, grad_inner, grad_outer_stride, grad_inner_stride)
+    grad_ptr += row_offset(row, grad_inner, grad_outer_stride, grad_inner_stride)
     if target == ignore_index:
         fill_zeros(grad_ptr, vocab_size, n_steps, first_step, end_step, 1, LANES, VECTOR, REST)
         return
@@ -72,7 +66,7 @@ def logits_grad_kernel(
     real: tl.constexpr = state_ptr.dtype.element_ty
     # A scalar is loaded by every thread; of these vectors each warp loads an entry a thread, and broadcasts it.
     i = tl.arange(0, 32)
-    values = tl.load(state_ptr + row + i * n_rows, mask=i < 5, other=0.0)
+    values = tl.load(state_ptr + row + i * n_rows, mask=i < STATE_WIDTH, other=0.0)
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride + 0 * i, mask=i == 0, other=0.0).to(real)
     state = (
         broadcast(values, 0),
@@ -81,12 +75,10 @@ def logits_grad_kernel(
         broadcast(values, 3),
         broadcast(values, 4),
     )
-    terms = grad_terms(state, broadcast(grad_loss, 0), as_real(logit_scale, real))
-    rate = (as_real(diff_scale, tl.float64) * 1.4426950408889634).to(real)
-    transform = (rate, as_real(cap, real), as_real(tanh_scale, real))
-    known = (target >= 0) & (target < vocab_size)
-    target_column = tl.where(known, target, -1).to(tl.int32)
-    logits_ptr += row_begin(row, inner, outer_stride, inner_stride)
+    terms = grad_terms(state, broadcast(grad_loss, 0), logit_scale)
+    transform = transform_of(diff_scale, cap, tanh_scale, real)
+    target_column = column_of(target, vocab_size)[1]
+    logits_ptr += row_offset(row, inner, outer_stride, inner_stride)
     row_grad(
         logits_ptr, grad_ptr, vocab_size, n_steps, first_step, end_step, target_column, terms, transform,
         CAP, SAME_WINDOW, STACK, LANES, VECTOR, REST,
@@ -120,7 +112,7 @@ def scale_rows_kernel(
         return
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     factor = factor.to(tl.float64 if dtype == tl.float64 else tl.float32)
-    grad_ptr += row_begin(row, inner, outer_stride, inner_stride)
+    grad_ptr += row_offset(row, inner, outer_stride, inner_stride)
     head = head_of(grad_ptr, VECTOR)
     body_ptr = tl.multiple_of(grad_ptr + head, 16)
     for step in range(bound(first_step), bound(end_step)):

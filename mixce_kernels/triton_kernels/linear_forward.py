@@ -5,13 +5,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mixce_kernels.triton_kernels.epilogue import column_of, eta_of, finish_rows
 from mixce_kernels.triton_kernels.jit import bound, kernel
 from mixce_kernels.triton_kernels.linear_tiles import logits_tile, rows_at
-from mixce_kernels.triton_kernels.mixce_math import as_real, capped, token_terms
-from mixce_kernels.triton_kernels.row_stats import finite, moved_lanes, sum_of_lanes
+from mixce_kernels.triton_kernels.mixce_math import capped, finite, raise_maximum, transform_of
+from mixce_kernels.triton_kernels.row_stats import sum_of_lanes
 
-# What a split leaves of a row: m, sum_exp, x_target; where SMOOTH sum_shifted; where STATS sum_exp_shifted, the largest
-# logit, and whether the target is the first such.
+# Numbers that a split leaves of a row: m, sum_exp, x_target; where SMOOTH sum_shifted; where STATS sum_exp_shifted, the
+# largest logit, and whether the target is the first such.
 PARTIALS = tl.constexpr(7)
 
 
@@ -75,11 +76,10 @@ def linear_forward_kernel(
         return
 
     real: tl.constexpr = partial_ptr.dtype.element_ty
-    rate = (as_real(diff_scale, tl.float64) * 1.4426950408889634).to(real)
+    transform = transform_of(diff_scale, cap, tanh_scale, real)
     row, in_rows = rows_at(order_ptr, n_valid, block * BLOCK_N, BLOCK_N)
     # 32 bits: comparisons with a tile's columns take half the registers. No column for a target that is none.
-    target = tl.load(targets_ptr + row).to(tl.int64)
-    target = tl.where((target >= 0) & (target < vocab_size), target, -1).to(tl.int32)
+    target = column_of(tl.load(targets_ptr + row).to(tl.int64), vocab_size)[1]
     hidden_rows = hidden_ptr + row * hidden_stride
     zeros = tl.zeros((BLOCK_N,), real)
     lanes = (zeros - float("inf"), zeros, zeros, zeros, zeros, 0)
@@ -101,12 +101,12 @@ def linear_forward_kernel(
         x_target += tl.sum(tl.where(i == target_i[:, None], x, 0.0), axis=1)
         z = x
         if CAP:
-            z, _ = capped(x, as_real(cap, real), as_real(tanh_scale, real))
+            z, _ = capped(x, transform)
         z = tl.where(in_columns, z, float("-inf"))
         m = tl.maximum(lanes[0], tl.max(z, axis=1))
         count = tl.minimum(end - first, BLOCK_V).to(real)
-        tile = lanes_of_tile(z, in_columns, count, m, rate, SMOOTH, STATS)
-        lanes = sum_of_lanes(moved_lanes(lanes, m, rate, SMOOTH, STATS), tile, SMOOTH, STATS)
+        tile = lanes_of_tile(z, in_columns, count, m, transform[0], SMOOTH, STATS)
+        lanes = sum_of_lanes(raise_maximum(lanes, m, transform[0], SMOOTH, STATS), tile, SMOOTH, STATS)
         if STATS:
             x = tl.where(in_columns, x, float("-inf"))
             tile_best = tl.max(x, axis=1)
@@ -165,8 +165,7 @@ def linear_merge_kernel(
     target = tl.load(targets_ptr + row).to(tl.int64)
 
     real: tl.constexpr = partial_ptr.dtype.element_ty
-    diff_scale = as_real(diff_scale, tl.float64)
-    rate = (diff_scale * 1.4426950408889634).to(real)
+    transform = transform_of(diff_scale, cap, tanh_scale, real)
     split = tl.arange(0, SPLITS)[:, None]
     partial_ptr += split * (PARTIALS * n_rows) + position[None, :]
     filled = (split < n_splits) & valid[None, :]
@@ -182,43 +181,24 @@ def linear_merge_kernel(
         sum_exp_shifted = tl.load(partial_ptr + 4 * n_rows, mask=filled, other=0.0)
     m = tl.max(m_split, axis=0)
     lanes = (m_split, sum_exp, sum_shifted, sum_exp_shifted, count, count)
-    _, sum_exp, sum_shifted, sum_exp_shifted, _, _ = moved_lanes(lanes, m[None, :], rate, SMOOTH, STATS)
+    _, sum_exp, sum_shifted, sum_exp_shifted, count, _ = raise_maximum(lanes, m[None, :], transform[0], SMOOTH, STATS)
     sum_exp = tl.sum(sum_exp, axis=0)
-
-    # Epilogue.
-    known = (target >= 0) & (target < vocab_size)
-    s = tl.where(known, tl.log(sum_exp), float("nan")).to(tl.float64)
-    mean_shifted = tl.zeros((ROWS,), tl.float64)
+    beaten = sum_exp
     if SMOOTH:
-        mean_shifted = diff_scale * (tl.sum(sum_shifted, axis=0).to(tl.float64) / vocab_size)
-    z_target = x_target
-    if CAP:
-        z_target, _ = capped(x_target, as_real(cap, real), as_real(tanh_scale, real))
-    eta = as_real(eta_value, tl.float64)
-    if HAS_ETA:
-        eta = tl.load(eta_ptr + row * eta_stride).to(tl.float64)
-    loss, nll, q, weight, lse, a, c, t = token_terms(
-        diff_scale * m, s, diff_scale * (z_target.to(tl.float64) - m), mean_shifted, eta, vocab_size,
-        as_real(label_smoothing, tl.float64), as_real(z_loss, tl.float64), real,
-    )  # fmt: skip
-    tl.store(loss_ptr + row, tl.where(valid, loss, 0.0), mask=in_rows)
-    state_ptr += row
-    tl.store(state_ptr, tl.where(valid, m, 0.0), mask=in_rows)
-    tl.store(state_ptr + n_rows, tl.where(valid, s, 0.0), mask=in_rows)
-    tl.store(state_ptr + 2 * n_rows, tl.where(valid, a, 0.0), mask=in_rows)
-    tl.store(state_ptr + 3 * n_rows, tl.where(valid, c, 0.0), mask=in_rows)
-    tl.store(state_ptr + 4 * n_rows, tl.where(valid, t, 0.0), mask=in_rows)
+        sum_shifted = tl.sum(sum_shifted, axis=0)
     if STATS:
-        entropy = s - diff_scale * (tl.sum(sum_exp_shifted, axis=0) / sum_exp)
-        stats_ptr += row
-        tl.store(stats_ptr, tl.where(valid, nll, 0.0), mask=in_rows)
-        tl.store(stats_ptr + n_rows, tl.where(valid, q, 0.0), mask=in_rows)
-        tl.store(stats_ptr + 2 * n_rows, tl.where(valid, weight, 0.0), mask=in_rows)
-        tl.store(stats_ptr + 3 * n_rows, tl.where(valid, lse, 0.0), mask=in_rows)
-        tl.store(stats_ptr + 4 * n_rows, tl.where(valid, entropy, 0.0), mask=in_rows)
+        sum_exp_shifted = tl.sum(sum_exp_shifted, axis=0)
         best = tl.load(partial_ptr + 5 * n_rows, mask=filled, other=float("-inf"))
         hit = tl.load(partial_ptr + 6 * n_rows, mask=filled, other=0.0)
         # The first of the splits that have the largest logit.
         first = tl.min(tl.where(best == tl.max(best, axis=0)[None, :], split, SPLITS), axis=0)
-        correct = tl.sum(tl.where(split == first[None, :], hit, 0.0), axis=0) > 0.0
-        tl.store(correct_ptr + row, valid & correct & (nll == nll), mask=in_rows)
+        beaten = 1.0 - tl.sum(tl.where(split == first[None, :], hit, 0.0), axis=0)
+
+    # Epilogue.
+    known, _ = column_of(target, vocab_size)
+    eta = eta_of(eta_ptr, row, eta_stride, eta_value, HAS_ETA)
+    lanes = (m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten)
+    finish_rows(
+        (loss_ptr, state_ptr, stats_ptr, correct_ptr), n_rows, row, in_rows, valid, lanes, x_target, known,
+        eta, vocab_size, transform, (label_smoothing, z_loss), SMOOTH, CAP, STATS,
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from mixce_kernels.triton_kernels.linear_tiles import (
     rows_at,
     terms_at,
 )
-from mixce_kernels.triton_kernels.mixce_math import as_real
+from mixce_kernels.triton_kernels.mixce_math import transform_of
 
 
 @triton.jit
@@ -109,11 +109,8 @@ def linear_grad_logits_kernel(
         real, HAS_BIAS, EVEN, VECTOR, BLOCK_D,
     )  # fmt: skip
     target = tl.load(targets_ptr + row).to(tl.int64)
-    terms = terms_at(
-        state_ptr, grad_loss_ptr, scale_ptr, row, n_rows, grad_loss_stride, as_real(logit_scale, real), SCALED
-    )
-    rate = (as_real(diff_scale, tl.float64) * 1.4426950408889634).to(real)
-    transform = (rate, as_real(cap, real), as_real(tanh_scale, real))
+    terms = terms_at(state_ptr, grad_loss_ptr, scale_ptr, row, n_rows, grad_loss_stride, logit_scale, SCALED)
+    transform = transform_of(diff_scale, cap, tanh_scale, real)
     grad = grad_of_tile(x, column, target, in_rows[:, None] & in_columns[None, :], terms, transform, CAP)
     if PRODUCTS:
         tile_ptr = scratch_tile(scratch_ptr, block * BLOCK_N, column_block * BLOCK_V, span, BLOCK_N, BLOCK_V)

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from mixce_kernels.triton_kernels.jit import INTERPRETED, bound
-from mixce_kernels.triton_kernels.mixce_math import capped
-from mixce_kernels.triton_kernels.row_grad import grad_terms
+from mixce_kernels.triton_kernels.mixce_math import capped, grad_terms
 
 
 @triton.jit
@@ -86,7 +85,7 @@ def logits_tile(
 
 @triton.jit
 def terms_at(state_ptr, grad_loss_ptr, scale_ptr, row, n_rows, grad_loss_stride, logit_scale, SCALED: tl.constexpr):
-    """What the gradients of these rows are made from: see `grad_terms`. SCALED ones are of a factor that is 1 else."""
+    """The terms [ROWS] of these rows; SCALED ones have one more factor."""
     state_ptr += row
     real: tl.constexpr = state_ptr.dtype.element_ty
     grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride).to(real)
@@ -114,11 +113,10 @@ def grad_of_tile(
 ):
     """Pass 2 for a tile of logits, 0 where not kept."""
     m, log2_sum, k, c, t = terms
-    rate, cap, tanh_scale = transform
     z = x
     if CAP:
-        z, slope = capped(x, cap, tanh_scale)
-    grad = tl.exp2((z - m[:, None]) * rate - log2_sum[:, None]) * k[:, None] - c[:, None]
+        z, slope = capped(x, transform)
+    grad = tl.exp2((z - m[:, None]) * transform[0] - log2_sum[:, None]) * k[:, None] - c[:, None]
     grad = tl.where(column[None, :] == target[:, None], t[:, None], grad)
     if CAP:
         grad *= slope

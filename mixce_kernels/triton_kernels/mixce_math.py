@@ -1,10 +1,23 @@
 """The loss of one token and the functions it needs: the transcription of `csrc/mixce_math.h` in Triton.
 
 Only operations that mean the same on NVIDIA, AMD and under the interpreter: no libdevice, no inline assembly.
+
+Values that travel together are tuples:
+
+    transform  rate, cap, tanh_scale, diff_scale: exp(z - m) is exp2(rate * difference of (capped) logits), and z - m is
+               diff_scale times that difference, in float64
+    options    the numbers that `token_terms` takes from the caller, as the kernels get them
+    state      m, s, a, c, t: what the forward leaves of a token for its gradient
+    terms      m, log2_sum, k, c, t: the gradient is slope * (p * k - c), and slope * t at the target
 """
 
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+# Numbers of a token's state (m, s, a, c, t) and of its statistics (nll, q, weight, lse, entropy).
+STATE_WIDTH = tl.constexpr(5)
+STATS_WIDTH = tl.constexpr(5)
 
 
 @triton.jit
@@ -26,8 +39,22 @@ def expm1(x):
 
 
 @triton.jit
-def capped(x, cap, tanh_scale):
+def as_real(value, dtype: tl.constexpr):
+    """A float argument as a scalar of `dtype`; the interpreter hands it over as a Python number, which has no `.to`."""
+    return (value + tl.full((), 0.0, dtype)).to(dtype)
+
+
+@triton.jit
+def transform_of(diff_scale, cap, tanh_scale, real: tl.constexpr):
+    """The transform of logits, from the numbers that a kernel gets."""
+    diff_scale = as_real(diff_scale, tl.float64)
+    return (diff_scale * LOG2_E).to(real), as_real(cap, real), as_real(tanh_scale, real), diff_scale
+
+
+@triton.jit
+def capped(x, transform):
     """Cap * tanh(tanh_scale * x) and its slope by its argument, 1 - tanh^2, without the cancellation."""
+    _, cap, tanh_scale, _ = transform
     u = tanh_scale * x
     below_one = expm1(-2.0 * tl.abs(u))  # tanh|u| = -below_one / (below_one + 2)
     inverse = 1.0 / (below_one + 2.0)
@@ -37,13 +64,36 @@ def capped(x, cap, tanh_scale):
 
 
 @triton.jit
-def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, label_smoothing, z_loss, real: tl.constexpr):
+def finite(m):
+    """The number that logits are taken relative to: before the first finite logit any finite number will do."""
+    return tl.where(m == float("-inf"), 0.0, m)
+
+
+@triton.jit
+def raise_maximum(lanes, m, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
+    """The statistics of lanes (see `row_stats.py`) relative to an m that is no less than theirs."""
+    m_lane, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = lanes
+    shift = m_lane - finite(m)
+    factor = tl.exp2(shift * rate)
+    if SMOOTH:
+        sum_shifted += tl.where(count == 0.0, 0.0, count * shift)
+    if STATS:
+        # A factor of 0 leaves nothing but a NaN, where shift * 0 is one.
+        moved = factor * (sum_exp_shifted + shift * sum_exp)
+        sum_exp_shifted = tl.where(factor == 0.0, 0.0 * sum_exp, moved)
+    return m, sum_exp * factor, sum_shifted, sum_exp_shifted, count, beaten
+
+
+@triton.jit
+def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, options, real: tl.constexpr):
     """A token's loss, its statistics and the numbers from which its gradient is made.
 
     m is the largest z, s is log sum exp(z - m), d_target is z_target - m, mean_shifted the mean of z - m. The gradient
     is dloss/dz_j = a * p_j - c, and t at the target. All are float64, for some twenty operations a row: nll is a
     difference, and the loss a product of roundings. Exponentials are of type `real`.
     """
+    label_smoothing, z_loss = options
+    label_smoothing, z_loss = as_real(label_smoothing, tl.float64), as_real(z_loss, tl.float64)
     lse = m + s
     nll = s - d_target
     # As nll + label_smoothing * (z_target - mean z), but without inf - inf where both are -inf.
@@ -62,6 +112,8 @@ def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, label_smoothing, 
 
 
 @triton.jit
-def as_real(value, dtype: tl.constexpr):
-    """A float argument as a scalar of `dtype`; the interpreter hands it over as a Python number, which has no `.to`."""
-    return (value + tl.full((), 0.0, dtype)).to(dtype)
+def grad_terms(state, grad_loss, logit_scale):
+    """The terms of a token's gradient, from its state and its upstream gradient."""
+    m, s, a, c, t = state
+    factor = grad_loss * as_real(logit_scale, grad_loss.dtype)
+    return m, s * LOG2_E, a * factor, c * factor, t * factor

@@ -14,7 +14,7 @@ Each thread is a lane with statistics of its own, which are merged at the row's 
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.mixce_math import capped
+from mixce_kernels.triton_kernels.mixce_math import capped, finite, raise_maximum
 
 
 @triton.jit
@@ -28,12 +28,6 @@ def empty_lanes(CTAS: tl.constexpr, LANES: tl.constexpr, dtype: tl.constexpr):
 def lane_sum(values):
     """[CTAS, STACK, LANES, VECTOR] to [CTAS, LANES]: within a thread where LANES is a program's number of threads."""
     return tl.sum(tl.sum(values, axis=3), axis=1)
-
-
-@triton.jit
-def finite(m):
-    """What logits are taken relative to: before the first finite logit any finite number will do."""
-    return tl.where(m == float("-inf"), 0.0, m)
 
 
 @triton.jit
@@ -78,21 +72,6 @@ def tile_lanes(
 
 
 @triton.jit
-def moved_lanes(lanes, m, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
-    """The same statistics relative to an m that is no less than theirs."""
-    m_lane, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = lanes
-    shift = m_lane - finite(m)
-    factor = tl.exp2(shift * rate)
-    if SMOOTH:
-        sum_shifted += tl.where(count == 0.0, 0.0, count * shift)
-    if STATS:
-        # A factor of 0 leaves nothing but a NaN, where shift * 0 is one.
-        moved = factor * (sum_exp_shifted + shift * sum_exp)
-        sum_exp_shifted = tl.where(factor == 0.0, 0.0 * sum_exp, moved)
-    return m, sum_exp * factor, sum_shifted, sum_exp_shifted, count, beaten
-
-
-@triton.jit
 def sum_of_lanes(first, second, SMOOTH: tl.constexpr, STATS: tl.constexpr):
     """The statistics of both, relative to the same m."""
     m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = first
@@ -113,10 +92,10 @@ def add_body(
     """Pass 1 over a tile of the body. A lane has a running maximum: one exponential for it serves all its logits."""
     z = x.to(lanes[0].dtype)
     if CAP:
-        z, _ = capped(z, transform[1], transform[2])
+        z, _ = capped(z, transform)
     m = tl.maximum(lanes[0], tile_max(z))
     tile = tile_lanes(x, z, m, columns, None, target_column, x_target, transform[0], SMOOTH, STATS)
-    return sum_of_lanes(moved_lanes(lanes, m, transform[0], SMOOTH, STATS), tile, SMOOTH, STATS)
+    return sum_of_lanes(raise_maximum(lanes, m, transform[0], SMOOTH, STATS), tile, SMOOTH, STATS)
 
 
 @triton.jit
@@ -130,19 +109,19 @@ def add_rest(
     """
     z = x.to(lanes[0].dtype)
     if CAP:
-        z, _ = capped(z, transform[1], transform[2])
+        z, _ = capped(z, transform)
         z = tl.where(valid, z, float("-inf"))
     tile = tile_lanes(x, z, tile_max(z), columns, valid, target_column, x_target, transform[0], SMOOTH, STATS)
     m = tl.maximum(lanes[0], tile[0])
-    lanes = moved_lanes(lanes, m, transform[0], SMOOTH, STATS)
-    return sum_of_lanes(lanes, moved_lanes(tile, m, transform[0], SMOOTH, STATS), SMOOTH, STATS)
+    lanes = raise_maximum(lanes, m, transform[0], SMOOTH, STATS)
+    return sum_of_lanes(lanes, raise_maximum(tile, m, transform[0], SMOOTH, STATS), SMOOTH, STATS)
 
 
 @triton.jit
 def merge_lanes(lanes, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
     """The statistics [CTAS, 1] of lanes [CTAS, LANES]."""
     m = tl.max(lanes[0], axis=1)[:, None]
-    _, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = moved_lanes(lanes, m, rate, SMOOTH, STATS)
+    _, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = raise_maximum(lanes, m, rate, SMOOTH, STATS)
     if SMOOTH:
         sum_shifted = tl.sum(sum_shifted, axis=1)[:, None]
         count = tl.sum(count, axis=1)[:, None]

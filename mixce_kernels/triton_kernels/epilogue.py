@@ -1,0 +1,92 @@
+"""The work done once a row: its target, and its loss, state and statistics from the sums of pass 1."""
+
+import triton
+import triton.language as tl
+
+from mixce_kernels.triton_kernels.mixce_math import STATE_WIDTH, STATS_WIDTH, as_real, capped, token_terms
+
+
+@triton.jit
+def column_of(target, vocab_size):
+    """A target's range check and its column: -1, which no logit has, where the target is out of range."""
+    known = (target >= 0) & (target < vocab_size)
+    return known, tl.where(known, target, -1).to(tl.int32)
+
+
+@triton.jit
+def eta_of(eta_ptr, row, eta_stride, eta_value, HAS_ETA: tl.constexpr):
+    """A token's eta, or that of all tokens."""
+    eta = as_real(eta_value, tl.float64)
+    if HAS_ETA:
+        eta = tl.load(eta_ptr + row * eta_stride).to(tl.float64)
+    return eta
+
+
+@triton.jit
+def finish_rows(
+    results,  # addresses of loss, state, stats and correct
+    n_rows,
+    at,  # where a row's results are, from these addresses
+    written,  # which results are stored
+    valid,  # which results are not 0; None: all of them
+    lanes,  # of whole rows, as in `row_stats.py`
+    x_target,
+    known,  # which targets are in range
+    eta,
+    vocab_size,
+    transform,
+    options,
+    SMOOTH: tl.constexpr,
+    CAP: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    """Stores loss, state and statistics of rows, and returns their state."""
+    m, sum_exp, sum_shifted, sum_exp_shifted, _, beaten = lanes
+    _, _, _, diff_scale = transform
+    real: tl.constexpr = m.dtype
+    # A target out of range makes NaN of all that follows.
+    s = tl.where(known, tl.log(sum_exp), float("nan")).to(tl.float64)
+    mean_shifted = tl.full((), 0.0, tl.float64)
+    if SMOOTH:
+        mean_shifted = diff_scale * (sum_shifted.to(tl.float64) / vocab_size)
+    z_target = x_target
+    if CAP:
+        z_target, _ = capped(x_target, transform)
+    loss, nll, q, weight, lse, a, c, t = token_terms(
+        diff_scale * m, s, diff_scale * (z_target.to(tl.float64) - m), mean_shifted, eta, vocab_size, options, real
+    )
+    loss_ptr, state_ptr, stats_ptr, correct_ptr = results
+    state = (m, s.to(real), a.to(real), c.to(real), t.to(real))
+    store(loss_ptr + at, loss.to(real), written, valid)
+    for i in tl.static_range(STATE_WIDTH):
+        store(state_ptr + i * n_rows + at, state[i], written, valid)
+    if STATS:
+        stats = (nll, q, weight, lse, s - diff_scale * (sum_exp_shifted / sum_exp))
+        for i in tl.static_range(STATS_WIDTH):
+            store(stats_ptr + i * n_rows + at, stats[i].to(real), written, valid)
+        correct = (beaten == 0) & (nll == nll)
+        if valid is not None:
+            correct = valid & correct
+        tl.store(correct_ptr + at, correct, mask=written)
+    return state
+
+
+@triton.jit
+def store(ptr, value, written, valid):
+    """Stores a result, or 0 where it is not valid."""
+    if valid is not None:
+        value = tl.where(valid, value, 0.0)
+    tl.store(ptr, value, mask=written)
+
+
+@triton.jit
+def finish_ignored_row(results, n_rows, STATS: tl.constexpr):
+    """Stores the results of an ignored row, all 0."""
+    loss_ptr, state_ptr, stats_ptr, correct_ptr = results
+    tl.store(loss_ptr, 0.0)
+    for i in tl.static_range(STATE_WIDTH):
+        tl.store(state_ptr + i * n_rows, 0.0)
+    if STATS:
+        for i in tl.static_range(STATS_WIDTH):
+            tl.store(stats_ptr + i * n_rows, 0.0)
+        tl.store(correct_ptr, False)
