@@ -22,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import refuse_unknown
-from jobs import Job, environment, integers, run_all, words
-from linear_contenders import LINEAR_MODES, OURS, linear_contenders
-from linear_goals import linear_goals_text
-from linear_plan import SWEEP_VOCABULARIES, LinearCell, linear_cells, linear_shapes, peak_cells
-from linear_report import KEY, RESULTS, linear_summary, linear_table, without_wrong
-from plan import ALLOCATOR_ENVIRONMENT, DEFAULT, PEAK_ENVIRONMENT, WARM
-from report import announce, machine, read_csv, write_csv
+
+from harness.jobs import Job, environment, integers, run_all, words
+from harness.report import announce, machine, read_csv, write_csv
+from linear.contenders import LINEAR_MODES, OURS, linear_contenders
+from linear.goals import linear_goals_text
+from linear.plan import SWEEP_VOCABULARIES, LinearCell, linear_cells, linear_shapes, peak_cells
+from linear.report import KEY, RESULTS, linear_summary, linear_table, without_wrong
+from vocab.contenders import refuse_unknown
+from vocab.plan import ALLOCATOR_ENVIRONMENT, DEFAULT, PEAK_ENVIRONMENT, WARM
 
 HERE = Path(__file__).resolve().parent
 MIN_ROUNDS = 5
@@ -49,7 +50,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=integers, default=[], help="as 1,2; default: all cores")
     parser.add_argument("--contenders", type=words, default=[], help="names from the table; default: all that can run")
     parser.add_argument("--extra-contenders", type=Path, action="append", default=[], metavar="FILE",
-                        help="a Python file that defines CONTENDERS, see linear_contenders.py")  # fmt: skip
+                        help="a Python file that defines CONTENDERS, see linear/contenders.py")  # fmt: skip
     parser.add_argument("--allocator", choices=("both", WARM, DEFAULT), default="both", help="of the CPU's memory")
     parser.add_argument("--rounds", type=int, default=MIN_ROUNDS, help=f"of all contenders, at least {MIN_ROUNDS}")
     parser.add_argument("--no-time", action="store_true", help="measure memory alone; nobody is checked")
@@ -76,7 +77,7 @@ def main() -> int:
     refuse_unknown(args.contenders, (one.name for one in able), left_out)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    measured = run_all(HERE / "linear_worker.py", *linear_jobs(args))
+    measured = run_all("linear.worker", *linear_jobs(args))
     results = [*measured.times, *without_wrong(measured.peaks, measured.times)]
     if not results:
         raise SystemExit("expected at least one result, got none")
@@ -88,7 +89,7 @@ def main() -> int:
     (args.out / "linear.md").write_text(linear_summary(rows, verdicts))
     announce(linear_table(rows), rows, left_out, verdicts, [path, args.out / "linear.md"])
     try:
-        from linear_plot import linear_plot
+        from linear.plot import linear_plot
 
         print(f"written: {', '.join(map(str, linear_plot(path)))}")
     except ImportError as error:

@@ -18,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import refuse_unknown
-from jobs import Job, environment, integers, run_all, words
-from parallel_contenders import OURS, parallel_contenders
-from parallel_goals import parallel_goals_text
-from parallel_plan import DTYPES, ParallelCell, parallel_cells
-from parallel_report import KEY, RESULTS, joined, parallel_summary, parallel_table
-from plan import ALLOCATOR_ENVIRONMENT, PEAK_ENVIRONMENT, WARM
-from report import announce, machine, read_csv, write_csv
+
+from harness.jobs import Job, environment, integers, run_all, words
+from harness.report import announce, machine, read_csv, write_csv
+from parallel.contenders import OURS, parallel_contenders
+from parallel.goals import parallel_goals_text
+from parallel.plan import DTYPES, ParallelCell, parallel_cells
+from parallel.report import KEY, RESULTS, joined, parallel_summary, parallel_table
+from vocab.contenders import refuse_unknown
+from vocab.plan import ALLOCATOR_ENVIRONMENT, PEAK_ENVIRONMENT, WARM
 
 HERE = Path(__file__).resolve().parent
 MIN_ROUNDS, ROUNDS = 5, 15
@@ -42,7 +43,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
         "--contenders", type=words, default=[], help="names from the table, which has no commas in them"
     )
     parser.add_argument("--extra-contenders", type=Path, action="append", default=[], metavar="FILE",
-                        help="a Python file that defines CONTENDERS, see parallel_contenders.py")  # fmt: skip
+                        help="a Python file that defines CONTENDERS, see parallel/contenders.py")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of all contenders, at least {MIN_ROUNDS}")
     parser.add_argument("--no-memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder for the CSV and the summary")
@@ -59,7 +60,7 @@ def main() -> int:
     refuse_unknown(args.contenders, (one.name for one in able), {})
     args.out.mkdir(parents=True, exist_ok=True)
 
-    measured = run_all(HERE / "parallel_worker.py", *parallel_jobs(args))
+    measured = run_all("parallel.worker", *parallel_jobs(args))
     results = joined(measured.times, measured.peaks)
     if not results:
         raise SystemExit("expected at least one result, got none")

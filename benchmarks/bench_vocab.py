@@ -7,9 +7,9 @@
 Every contender's loss and gradient are first held to the float64 oracle; one that is off is named with its error, and
 not timed. Then all contenders of a cell take turns, so that a drift of the machine meets all alike; medians with 20 %
 and 80 % quantiles are reported, and speeds beside that of a copy of the logits in the same rounds (the byte model
-stands in measure.py). Each regime of the allocator, each number of threads and the measurement of memory has a process
-of its own, and every line of the results names its regime. On a GPU, events are the clock, L2 is flushed between calls,
-and peaks are those of the caching allocator. Writes bench.csv, summary.md and plots.
+stands in harness/measure.py). Each regime of the allocator, each number of threads and the measurement of memory has
+a process of its own, and every line of the results names its regime. On a GPU, events are the clock, L2 is flushed
+between calls, and peaks are those of the caching allocator. Writes bench.csv, summary.md and plots.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import MODES, contenders, refuse_unknown
-from goals import goals_text
-from jobs import Job, environment, integers, run_all, words
-from plan import (
+
+from harness.jobs import Job, environment, integers, run_all, words
+from harness.report import announce, machine, read_csv, summary, table, with_peaks, write_csv
+from vocab.contenders import MODES, contenders, refuse_unknown
+from vocab.goals import goals_text
+from vocab.plan import (
     ALLOCATOR_ENVIRONMENT,
     DEFAULT,
     DTYPES,
@@ -34,7 +36,6 @@ from plan import (
     cells,
     shapes,
 )
-from report import announce, machine, read_csv, summary, table, with_peaks, write_csv
 
 HERE = Path(__file__).resolve().parent
 
@@ -51,7 +52,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=integers, default=[], help="as 1,2; default: one, and all cores")
     parser.add_argument("--contenders", type=words, default=[], help="names from the table; default: all that can run")
     parser.add_argument("--extra-contenders", type=Path, action="append", default=[], metavar="FILE",
-                        help="a Python file that defines CONTENDERS, see contenders.py")  # fmt: skip
+                        help="a Python file that defines CONTENDERS, see vocab/contenders.py")  # fmt: skip
     parser.add_argument("--allocator", choices=("both", WARM, DEFAULT), default="both", help="of the CPU's memory")
     parser.add_argument(
         "--budget", type=float, default=3.0, help="seconds of repetitions for a cell, at least 7 rounds"
@@ -77,7 +78,7 @@ def main() -> int:
     planned = cells(device, shape_list, threads, allocators, args.full)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    measured = run_all(HERE / "worker.py", *_jobs(args, planned))
+    measured = run_all("vocab.worker", *_jobs(args, planned))
     if not measured.times:
         raise SystemExit("expected at least one result, got none")
 
@@ -88,7 +89,7 @@ def main() -> int:
     (args.out / "summary.md").write_text(summary(rows, verdicts))
     announce(table(rows), rows, left_out, verdicts, [path, args.out / "summary.md"])
     try:
-        from plot import plot
+        from vocab.plot import plot
 
         print(f"written: {', '.join(map(str, plot(path)))}")
     except ImportError as error:

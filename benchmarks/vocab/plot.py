@@ -1,0 +1,157 @@
+"""Plots of a run, from its CSV alone.
+
+    python -m vocab.plot results/bench.csv
+
+writes, next to the CSV, `time.png` (the contenders' times over that of a copy of the logits; of the headline shapes
+where these were measured, else of all), `memory.png` (peak memory, likewise) and, where three or more vocabularies were
+measured, `vocabulary.png` (time per logit).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from harness.report import KEY, MODE_TITLES, Row, groups, read_csv
+from vocab.plan import HEADLINES
+
+# Contenders keep their colours in every plot; others take the rest.
+COLOURS = {
+    "eager": "#9a9a9a",
+    "torch.compile": "#d9a441",
+    "F.cross_entropy": "#c8c8c8",
+    "liger": "#8d6bb0",
+    "fused-cpu": "#1f77b4",
+    "fused-triton": "#2ca02c",
+    "fused-cuda": "#17607d",
+}
+OTHER = "#b5493f"
+# The modes that do the same work: loss and gradient.
+WHOLE = ("both", "inplace", "grad_in_forward", "grad_in_forward_inplace")
+# Smaller shapes measure a call's own cost, and have no place beside bandwidths.
+LEAST_LOGITS = 1_000_000
+
+
+def plot(path: Path) -> list[Path]:
+    """Draws all plots of the CSV at `path`, and returns what was written."""
+    rows = [row for row in read_csv(path) if row["status"] == "ok"]
+    large = [row for row in rows if int(row["rows"]) * int(row["vocab"]) >= LEAST_LOGITS] or rows
+    chosen = [row for row in large if (row["dtype"], int(row["rows"]), int(row["vocab"])) in HEADLINES] or large
+    written = [
+        _bars(chosen, path.with_name("time.png"), "times_copy", "time, in copies of the logits"),
+        _bars(chosen, path.with_name("memory.png"), "peak_over_logits", "peak memory beyond the inputs, in logits"),
+        _by_vocabulary(large, path.with_name("vocabulary.png")),
+    ]
+    return [one for one in written if one is not None]
+
+
+def _bars(rows: list[Row], path: Path, column: str, title: str) -> Path | None:
+    """One panel for each cell: loss and gradient (every contender's modes)."""
+    rows = [row for row in rows if row["mode"] in WHOLE and row[column]]
+    if column == "peak_over_logits":
+        # A peak is of a shape: the setting in which it was timed changes nothing that shows here.
+        rows = list({tuple(row[k] for k in (*KEY[:3], *KEY[5:])): row for row in rows}.values())
+        panels = groups(rows, KEY[:3])
+    else:
+        panels = groups(rows, KEY[:5])
+    if not panels:
+        return None
+    plt = pyplot()
+    across = min(len(panels), 3)
+    down = -(-len(panels) // across)
+    bars = max(len(members) for members in panels.values())
+    figure, axes = plt.subplots(down, across, figsize=(4.6 * across, (0.9 + 0.3 * bars) * down), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, (cell, members) in zip(axes.flat, panels.items(), strict=False):
+        names = [_bar_name(row) for row in members]
+        values = [float(row[column]) for row in members]
+        drawn = axis.barh(names, values, color=[_colour(row["contender"]) for row in members])
+        axis.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
+        axis.invert_yaxis()
+        axis.margins(x=0.15)
+        axis.tick_params(labelsize=7)
+        axis.set_title(_panel_title(cell), fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Loss and gradient: {title} ({machine_name(rows[0])})", fontsize=9)
+    return save(figure, path)
+
+
+def _by_vocabulary(rows: list[Row], path: Path) -> Path | None:
+    """Nanoseconds per logit over V, one panel for each type, with the most threads and the first regime measured."""
+    rows = [row for row in rows if row["mode"] in ("forward", "both", "grad_in_forward_inplace")]
+    if len({row["vocab"] for row in rows}) < 3:
+        return None
+    threads = max((row["threads"] for row in rows), key=int)
+    allocator = rows[0]["allocator"]
+    rows = [row for row in rows if row["threads"] == threads and row["allocator"] == allocator]
+    panels = groups(rows, ("dtype", "mode"))
+    plt = pyplot()
+    across = len({mode for _, mode in panels})
+    down = -(-len(panels) // across)
+    figure, axes = plt.subplots(down, across, figsize=(3.9 * across, 2.9 * down), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.remove()
+    for axis, ((dtype, mode), members) in zip(axes.flat, panels.items(), strict=False):
+        for (name,), points in groups(members, ("contender",)).items():
+            points = sorted(points, key=lambda row: int(row["vocab"]))
+            vocabs = [int(row["vocab"]) for row in points]
+            times = [1e6 * float(row["median_ms"]) / (int(row["rows"]) * int(row["vocab"])) for row in points]
+            axis.plot(vocabs, times, marker="o", markersize=3, label=name, color=_colour(name))
+        axis.set_xscale("log")
+        axis.set_xticks(vocabs, [f"{v // 1000}k" for v in vocabs], fontsize=7)
+        axis.minorticks_off()
+        axis.set_ylim(bottom=0)
+        axis.tick_params(labelsize=7)
+        axis.set_xlabel("vocabulary", fontsize=8)
+        axis.set_ylabel("ns per logit", fontsize=8)
+        axis.set_title(f"{dtype}, {MODE_TITLES[mode]}", fontsize=8)
+        axis.legend(fontsize=6)
+        axis.spines[["top", "right"]].set_visible(False)
+    plural = "s" * (threads != "1")
+    figure.suptitle(f"{machine_name(rows[0])}, {threads} thread{plural}, allocator {allocator}", fontsize=9)
+    return save(figure, path)
+
+
+def pyplot() -> Any:
+    """matplotlib, for files."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Writes the figure and closes it."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot().close(figure)
+    return path
+
+
+def _bar_name(row: Row) -> str:
+    return row["contender"] if row["mode"] == "both" else f"{row['contender']}, {MODE_TITLES[row['mode']]}"
+
+
+def _panel_title(cell: tuple[str, ...]) -> str:
+    shape = f"{cell[0]} {cell[1]} x {cell[2]}"
+    if len(cell) == 3:
+        return shape
+    return f"{shape}\n{cell[3]} thread{'s' * (cell[3] != '1')}, allocator {cell[4]}"
+
+
+def machine_name(row: Row) -> str:
+    """The device that the rows are of."""
+    return row["cpu"] if row["device"] == "cpu" else row["device"]
+
+
+def _colour(name: str) -> str:
+    return COLOURS.get(name, OTHER)
+
+
+if __name__ == "__main__":
+    for picture in plot(Path(sys.argv[1])):
+        print(picture)
