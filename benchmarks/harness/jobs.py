@@ -73,6 +73,12 @@ def environment(allocator: dict[str, str], threads: int) -> dict[str, str]:
     return {**kept, **allocator, "OMP_NUM_THREADS": str(threads)}
 
 
+def job_of(allocator: dict[str, str], threads: int, cells: Iterable[Any], request: dict[str, Any], peak: bool) -> Job:
+    """Measures these cells, peaks or times, in one process."""
+    members = [vars(cell) for cell in cells]
+    return Job(environment(allocator, threads), {**request, "peak": peak, "cells": members})
+
+
 def run_all(worker: str, peak_jobs: list[Job], time_jobs: list[Job]) -> Measured:
     """Runs the jobs with this worker's module: memory side by side, then times one after the other."""
     with _Progress([*peak_jobs, *time_jobs]) as progress:

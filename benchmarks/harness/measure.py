@@ -1,9 +1,5 @@
 """How a number comes about: time and peak memory of a contender in a mode, after its check.
 
-Speeds are over the least traffic that a mode needs, whatever a contender really moves, per logit of b bytes:
-forward b (read once), backward 2 b (read, gradient written), both and inplace 3 b (the sum), grad_in_forward 2 b
-(read once, gradient written once), copy 2 b. Write-allocate reads of a CPU's caches are not counted, nor for the copy.
-
 On a GPU, events on the stream are the clock. Before each call the logits are put back and L2 is filled with other data:
 the forward reads its logits from memory, the backward finds in L2 what the forward left there. Both also give the host
 a head start, as in a training loop, where the device has work queued.
@@ -25,20 +21,6 @@ from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
-
-from vocab.check import Errors, Inputs
-from vocab.contenders import COPY, ETA, Contender, LossFunction
-
-# Bytes moved per byte of logits.
-TRAFFIC = {
-    "forward": 1,
-    "backward": 2,
-    "both": 3,
-    "inplace": 3,
-    "grad_in_forward": 2,
-    "grad_in_forward_inplace": 2,
-    COPY: 2,
-}
 
 # Twice the L2 of the largest GPU.
 FLUSH_BYTES = 256 * 2**20
@@ -72,43 +54,6 @@ class ProgramLike(Protocol[InputsT_contra]):
 
     def steps(self, inputs: InputsT_contra, targets: Tensor, results: list[Tensor]) -> list[Callable[[], None]]:
         """The parts to time, one after the other; they leave loss and gradients in `results`."""
-
-
-@dataclass(frozen=True)
-class Program:
-    """One contender in one mode, to be called again and again."""
-
-    contender: Contender
-    mode: str
-    loss: LossFunction | None  # None: the copy
-
-    def steps(self, inputs: Inputs, targets: Tensor, results: list[Tensor]) -> list[Callable[[], None]]:
-        """The parts to time, one after the other; they leave loss and gradient in `results`."""
-        loss = self.loss
-        if loss is None:
-            return [lambda: results.append(inputs.scratch.copy_(inputs.pristine))]
-
-        def forward() -> None:
-            results.append(loss(inputs.logits, targets))
-
-        def forward_alone() -> None:
-            # Detached, as in evaluation: Liger computes the gradient of logits that require it, graph or no graph.
-            with torch.no_grad():
-                results.append(loss(inputs.logits.detach(), targets))
-
-        def backward() -> None:
-            results.extend(torch.autograd.grad(results[0], inputs.logits))
-
-        return [forward_alone] if self.mode == "forward" else [forward, backward]
-
-
-def check(program: Program, inputs: Inputs) -> Errors:
-    """Runs the program once at full size, with some tokens ignored, and compares its results with the oracle's."""
-    inputs.restore()
-    results: list[Tensor] = []
-    for step in program.steps(inputs, inputs.masked_targets, results):
-        step()
-    return inputs.expected(program.contender.eta).compare(*results)
 
 
 @dataclass(frozen=True)
@@ -237,8 +182,3 @@ def _resident(field: str) -> int:
         if line.startswith(field):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"expected {field} in /proc/self/status")
-
-
-def copy_contender() -> Contender:
-    """The yardstick: `copy_` of the logits into memory that was touched before."""
-    return Contender(COPY, "a copy of the logits into memory touched before", {}, ETA)

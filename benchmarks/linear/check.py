@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vocab.check import PERIOD, oracle_losses, plain_losses, ulp
-from vocab.contenders import IGNORE_INDEX
+from harness.check import PERIOD, oracle_losses, plain_losses, ulp
+from harness.contenders import IGNORE_INDEX
 
 # Of the vocabulary: the oracle's gradient of the weight is made in pieces of this many rows.
 PIECE = 8192

@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.contenders import ETA, IGNORE_INDEX, from_file, plain_mixce
 from linear.check import LinearErrors, LinearInputs
 from mixce_kernels import backends, fused_linear_mixce_loss, fused_mixce_loss
 from mixce_kernels.linear.chunks import DEFAULT_CHUNK_BYTES, rows_per_chunk
 from mixce_kernels.linear.matmul import padded_empty, products
 from mixce_kernels.options import accumulate_dtype
-from vocab.contenders import ETA, IGNORE_INDEX, from_file, plain_mixce
 
 LINEAR_MODES = ("forward", "both")
 OURS, TILES, OURS_MATERIALISED = "fused-linear", "fused-linear-tiles", "fused-materialised"

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.goals import Verdict, verdicts_text
 from harness.report import Row, groups, read_csv
 from linear.contenders import EAGER, OURS
 from linear.plan import GOAL_SHAPES
 from linear.report import CELL
-from vocab.goals import Verdict, verdicts_text
 
 # MiB beyond inputs and gradients, whatever N and V are.
 PEAK_BOUND = 64.0
@@ -57,10 +57,5 @@ def _of_cell(title: str, whole: dict[str, Row], of_goals: bool) -> Iterator[Verd
             yield Verdict(goal, title, float(ours[f"{column}_error"]) / float(ours[f"{column}_allowed"]), 1.0)
 
 
-def linear_goals_text(rows: list[Row]) -> str:
-    """The goals as a table; empty where these measurements decide none."""
-    return verdicts_text(linear_verdicts(rows))
-
-
 if __name__ == "__main__":
-    print(linear_goals_text(read_csv(Path(sys.argv[1]))))
+    print(verdicts_text(linear_verdicts(read_csv(Path(sys.argv[1])))))

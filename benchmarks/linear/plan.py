@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vocab.plan import CACHING, DEFAULT, WARM
+from harness.allocators import CACHING, DEFAULT, WARM
 
 # In the CSV's column of the allocator: the line holds a peak, measured for itself (see PEAK_ENVIRONMENT).
 PEAKS = "peaks"

@@ -11,10 +11,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from harness.plot import machine_name, pyplot, save
 from harness.report import Row, groups, read_csv
 from linear.plan import PEAKS
 from linear.report import CELL
-from vocab.plot import machine_name, pyplot, save
 
 # Contenders keep their colours in both plots; others take the rest.
 COLOURS = {

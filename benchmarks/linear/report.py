@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.report import Row, computed, groups, machine_line, megabytes, short, text_table
+from harness.report import Row, computed, groups, machine_line, megabytes, short, text_table, with_notes
 from linear.plan import PEAKS
 
 # What one measurement is of, then its results.
@@ -71,13 +71,7 @@ def linear_summary(rows: list[Row], verdicts: str) -> str:
             cells = [text for mode in modes for text in _times(by_key.get((name, mode)))]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += _peak_tables(rows)
-    lines += ["", *(f"- {name}: {computes}." for name, computes in computed(rows).items())]
-    lines += [
-        f"- {row['contender']}, {row['mode']}, {_cell_title(tuple(row[name] for name in CELL))}: {row['status']}."
-        for row in rows
-        if row["status"] != "ok"
-    ]
-    return "\n".join([*lines, *(["", "```", verdicts, "```"] if verdicts else []), ""])
+    return with_notes(lines, rows, CELL, _cell_title, verdicts)
 
 
 def _times(row: Row | None) -> tuple[str, str]:

@@ -5,20 +5,16 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from harness.jobs import Output
 from harness.measure import MIN_WARMUP_ROUNDS_GPU, Timing, peak_growth, rounds, without_collector
+from harness.worker import Worker, outcome, run_job, times
 from linear.check import LinearInputs
 from linear.contenders import LinearContender, LinearProgram, check, linear_contenders
 from linear.plan import LinearCell
-from vocab.worker import outcome, quantiles
 
 # Of a cell's progress, the part before the first repetition.
 CHECKED = 0.25
@@ -26,17 +22,12 @@ CHECKED = 0.25
 PRODUCTS = {"forward": 1, "both": 3}
 
 
-class LinearWorker:
-    """One job: its settings, and where results go."""
+class LinearWorker(Worker):
+    """One job of the benchmark."""
 
     def __init__(self, job: dict[str, Any], stream: TextIO) -> None:
-        self.device = torch.device(job["device"])
-        self.modes: list[str] = job["modes"]
-        self.names: list[str] = job["contenders"]
-        self.extra_files = [Path(path) for path in job["extra_files"]]
+        super().__init__(job, stream)
         self.rounds: int = job["rounds"]
-        self.peak: bool = job["peak"]
-        self.output = Output(stream)
         self._called: set[str] = set()
 
     def run(self, cell: LinearCell) -> None:
@@ -67,7 +58,7 @@ class LinearWorker:
                     fields["peak_bytes"] = growth - inputs.gradients_nbytes
             except Exception as error:
                 fields["status"] = f"failed: {type(error).__name__}"
-            self._result(cell, program, fields)
+            self.result(cell, program.contender, program.mode, fields)
             self.output.progress(f"memory: {cell}", (count + 1) / len(able))
 
     def _measure_times(self, cell: LinearCell, able: list[LinearContender], inputs: LinearInputs) -> None:
@@ -96,36 +87,21 @@ class LinearWorker:
                     timings = step
         yardstick: dict[str, float] = {}
         for program, timing in zip(right, timings, strict=True):
-            median, q20, q80 = (1e3 * value for value in quantiles(timing.parts[0]))
+            timed = times(timing.parts[0])
+            median = timed["median_ms"]
             if program.contender.loss is None:
                 yardstick[program.mode] = median
             products = yardstick.get(program.mode)
             flops = 2 * PRODUCTS[program.mode] * cell.rows * cell.hidden_size * cell.vocab
             results[program] |= {
-                "repetitions": len(timing.parts[0]),
-                "median_ms": median,
-                "q20_ms": q20,
-                "q80_ms": q80,
+                **timed,
                 "gflops": flops / median / 1e6,
                 "times_matmuls": median / products if products else None,
                 "page_faults": timing.page_faults,
             }
         for program, fields in results.items():
-            self._result(cell, program, fields)
-
-    def _result(self, cell: LinearCell, program: LinearProgram, fields: dict[str, Any]) -> None:
-        key = {"contender": program.contender.name, "computes": program.contender.computes, "mode": program.mode}
-        self.output.result({**vars(cell), **key, **fields})
-
-
-def main() -> None:
-    """Reads a job from the standard input and runs it."""
-    stream, sys.stdout = sys.stdout, sys.stderr
-    job = json.load(sys.stdin)
-    worker = LinearWorker(job, stream)
-    for fields in job["cells"]:
-        worker.run(LinearCell(**fields))
+            self.result(cell, program.contender, program.mode, fields)
 
 
 if __name__ == "__main__":
-    main()
+    run_job(LinearWorker, LinearCell)

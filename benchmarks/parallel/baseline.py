@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vocab.contenders import IGNORE_INDEX
+from harness.contenders import IGNORE_INDEX
 
 
 def three_all_reduces(

@@ -9,9 +9,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.check import Expected, FewRows
+from harness.contenders import IGNORE_INDEX
 from mixce_kernels import mixce_loss_reference
-from vocab.check import Expected, FewRows
-from vocab.contenders import IGNORE_INDEX
 
 # Megatron-LM pads a vocabulary to a multiple of this for each rank (`make_vocab_size_divisible_by`).
 COLUMNS_MULTIPLE = 128

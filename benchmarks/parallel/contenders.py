@@ -22,11 +22,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
+from harness.check import Errors
+from harness.contenders import ETA, IGNORE_INDEX, from_file
 from mixce_kernels import vocab_parallel_mixce_loss
 from parallel.baseline import three_all_reduces
 from parallel.check import ParallelInputs
-from vocab.check import Errors
-from vocab.contenders import ETA, IGNORE_INDEX, from_file
 
 PARALLEL_MODES = ("forward", "both")
 OURS, OURS_CE, OURS_SMOOTHED = "vocab-parallel", "vocab-parallel-ce", "vocab-parallel-smoothed"

@@ -9,11 +9,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.goals import SMALL_SHARE, Verdict, verdicts_text
 from harness.report import Row, groups, read_csv
 from parallel.contenders import LOSS_PARALLEL, OURS, OURS_CE, OURS_SMOOTHED, THREE_ALL_REDUCES
 from parallel.plan import SHAPES
 from parallel.report import CELL
-from vocab.goals import SMALL_SHARE, Verdict, verdicts_text
 
 SENT = "bytes a token and rank that the forward sends"
 SENT_SMOOTHED = "the same with label smoothing"
@@ -76,10 +76,5 @@ def _of_cell(title: str, rows: dict[tuple[str, str], Row], of_goals: bool) -> It
             yield Verdict(goal, title, error / allowed, 1.0)
 
 
-def parallel_goals_text(rows: list[Row]) -> str:
-    """The goals as a table; empty where these measurements decide none."""
-    return verdicts_text(parallel_verdicts(rows))
-
-
 if __name__ == "__main__":
-    print(parallel_goals_text(read_csv(Path(sys.argv[1]))))
+    print(verdicts_text(parallel_verdicts(read_csv(Path(sys.argv[1])))))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.report import Row, computed, groups, machine_line, megabytes, short, text_table
+from harness.report import Row, computed, groups, machine_line, megabytes, short, text_table, with_notes
 
 # What one measurement is of, then its results.
 KEY = ("dtype", "rows", "vocab", "ranks", "columns", "contender", "mode")
@@ -81,13 +81,7 @@ def parallel_summary(rows: list[Row], verdicts: str) -> str:
         for name in dict.fromkeys(row["contender"] for row in members):
             cells = [_time(by_key.get((name, mode))) for mode in MODES]
             lines.append(f"| {name} | {' | '.join([*cells, *_others(by_key.get((name, 'both')))])} |")
-    lines += ["", *(f"- {name}: {computes}." for name, computes in computed(rows).items())]
-    lines += [
-        f"- {row['contender']}, {row['mode']}, {_title(tuple(row[name] for name in CELL))}: {row['status']}."
-        for row in rows
-        if row["status"] != "ok"
-    ]
-    return "\n".join([*lines, *(["", "```", verdicts, "```"] if verdicts else []), ""])
+    return with_notes(lines, rows, CELL, _title, verdicts)
 
 
 def _time(row: Row | None) -> str:

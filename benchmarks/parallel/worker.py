@@ -21,14 +21,14 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
+from harness.check import Errors
 from harness.jobs import Output
 from harness.measure import Timing, peak_growth, rounds, without_collector
+from harness.worker import outcome, times
 from parallel.check import ParallelInputs
 from parallel.contenders import ParallelContender, ParallelProgram, Place, check, parallel_contenders
 from parallel.plan import ParallelCell
 from parallel.traffic import Traffic, traffic
-from vocab.check import Errors
-from vocab.worker import outcome, quantiles
 
 # Of a cell's progress, the part before the first repetition.
 CHECKED = 0.5
@@ -136,13 +136,9 @@ class Rank:
         sent: list[Traffic],
         fields: dict[str, Any],
     ) -> None:
-        median, q20, q80 = (1e3 * value for value in quantiles(seconds))
         wire = [one.wire_bytes for one in sent if one.wire_bytes is not None]
         found = {
-            "repetitions": len(seconds),
-            "median_ms": median,
-            "q20_ms": q20,
-            "q80_ms": q80,
+            **times(seconds),
             "collectives": sum(one.collectives for one in sent),
             "sent_per_token": sum(one.sent_bytes for one in sent) / cell.rows,
             "wire_per_token": sum(wire) / (cell.rows * cell.ranks) if wire else None,

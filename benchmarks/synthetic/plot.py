@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 from statistics import mean, stdev
 
+from harness.plot import machine_name, pyplot, save
 from harness.report import read_csv
 from synthetic.report import LIKELIHOOD, METRICS, vocabularies
-from vocab.plot import machine_name, pyplot, save
 
 COLOURS = {"avg_js": "#1f77b4", "avg_0s": "#c0563f"}
 

@@ -25,10 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harness.contenders import ETA, IGNORE_INDEX, from_file, plain_mixce
 from mixce_kernels import backends, fused_mixce_loss
 
-IGNORE_INDEX = -100
-ETA = 0.5
 COPY = "copy"
 # What the backends of a GPU would be on CPU tensors.
 _ON_CPU_TENSORS = {"triton": "interpreted", "cuda": "emulated"}
@@ -88,28 +87,6 @@ def contenders(device: torch.device, extra_files: Iterable[Path] = ()) -> tuple[
     for path in extra_files:
         able += from_file(path)
     return able, left_out
-
-
-def refuse_unknown(wanted: Iterable[str], able: Iterable[str], left_out: Mapping[str, str]) -> None:
-    """Ends the program if a contender that is wanted by name cannot run."""
-    able = list(able)
-    for name in wanted:
-        if name not in able:
-            raise SystemExit(
-                f"expected --contenders to be of {', '.join(able)}, got {name!r}"
-                + "".join(f"\n{one} cannot run: {reason}" for one, reason in left_out.items())
-            )
-
-
-def plain_mixce(logits: Tensor, targets: Tensor) -> Tensor:
-    """MixCE as its authors write it, with the conversion to float32 of Transformers' losses."""
-    log_p = F.log_softmax(logits.float(), dim=-1)
-    valid = targets != IGNORE_INDEX
-    index = torch.where(valid, targets, 0).unsqueeze(-1)
-    nll = -log_p.gather(-1, index).squeeze(-1)
-    q = torch.exp(-nll.detach())
-    loss = ETA * nll + (1.0 - ETA) * q * nll
-    return (loss * valid).sum() / valid.sum()
 
 
 def compiled_mixce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -174,13 +151,3 @@ def _liger(name: str, device: torch.device) -> Contender:
 def _cut_cross_entropy(name: str, device: torch.device) -> Contender:
     importlib.metadata.version(name)
     raise NotImplementedError("it computes hidden @ weight.T with its loss, and no loss of given logits")
-
-
-def from_file(path: Path) -> list[Any]:
-    """The CONTENDERS that a Python file defines."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise SystemExit(f"expected --extra-contenders to name a Python file, got {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return list(module.CONTENDERS)

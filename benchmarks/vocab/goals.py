@@ -10,28 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness.report import KEY, Row, read_csv, text_table
-from vocab.plan import DEFAULT, HEADLINES, OVERHEAD, WARM
+from harness.allocators import DEFAULT, WARM
+from harness.goals import SMALL_SHARE, Verdict, verdicts_text
+from harness.report import Row, read_csv
+from vocab.plan import HEADLINES, OVERHEAD
+from vocab.report import KEY
 
 OURS = "fused-cpu"
-# What the process's resident memory may grow by where only [N]-sized tensors are made, as a share of the logits.
-SMALL_SHARE = 0.02
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A goal in one setting, and what was measured."""
-
-    goal: str
-    setting: str
-    measured: float
-    bound: float
-    at_least: bool = False
-
-    @property
-    def met(self) -> bool:
-        """Whether the goal is reached."""
-        return self.measured >= self.bound if self.at_least else self.measured <= self.bound
 
 
 def verdicts(rows: list[Row]) -> list[Verdict]:
@@ -116,22 +101,5 @@ def _overhead(cell: Cellular) -> Iterator[Verdict]:
             yield Verdict(f"a small call's host time, {mode}, times eager's", str(cell), ours / eager, 3.0)
 
 
-def goals_text(rows: list[Row]) -> str:
-    """The goals as a table; empty where these measurements decide none."""
-    return verdicts_text(verdicts(rows))
-
-
-def verdicts_text(found: list[Verdict]) -> str:
-    """Verdicts as a table, and how many goals are met; empty where there are none."""
-    if not found:
-        return ""
-    body: list[tuple[str, ...]] = [("goal", "setting", "measured", "bound", "")]
-    for one in found:
-        bound = f"{'>=' if one.at_least else '<='} {one.bound:g}"
-        body.append((one.goal, one.setting, f"{one.measured:.3g}", bound, "met" if one.met else "MISSED"))
-    missed = sum(not one.met for one in found)
-    return f"{text_table(body)}\n{len(found) - missed} of {len(found)} goals met"
-
-
 if __name__ == "__main__":
-    print(goals_text(read_csv(Path(sys.argv[1]))))
+    print(verdicts_text(verdicts(read_csv(Path(sys.argv[1])))))

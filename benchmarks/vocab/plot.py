@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
-from harness.report import KEY, MODE_TITLES, Row, groups, read_csv
+from harness.plot import machine_name, pyplot, save
+from harness.report import Row, groups, read_csv
 from vocab.plan import HEADLINES
+from vocab.report import KEY, MODE_TITLES
 
 # Contenders keep their colours in every plot; others take the rest.
 COLOURS = {
@@ -114,24 +115,6 @@ def _by_vocabulary(rows: list[Row], path: Path) -> Path | None:
     return save(figure, path)
 
 
-def pyplot() -> Any:
-    """matplotlib, for files."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def save(figure: Any, path: Path) -> Path:
-    """Writes the figure and closes it."""
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    pyplot().close(figure)
-    return path
-
-
 def _bar_name(row: Row) -> str:
     return row["contender"] if row["mode"] == "both" else f"{row['contender']}, {MODE_TITLES[row['mode']]}"
 
@@ -141,11 +124,6 @@ def _panel_title(cell: tuple[str, ...]) -> str:
     if len(cell) == 3:
         return shape
     return f"{shape}\n{cell[3]} thread{'s' * (cell[3] != '1')}, allocator {cell[4]}"
-
-
-def machine_name(row: Row) -> str:
-    """The device that the rows are of."""
-    return row["cpu"] if row["device"] == "cpu" else row["device"]
 
 
 def _colour(name: str) -> str:

@@ -6,45 +6,32 @@ parent; `peak` jobs measure memory, the others time.
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import Any, TextIO
 
 import torch
 
-from harness.jobs import Output
-from harness.measure import (
-    TRAFFIC,
-    Program,
-    Timing,
-    check,
-    copy_contender,
-    peak_growth,
-    time_rounds,
-)
-from vocab.check import Errors, Inputs
+from harness.allocators import WARM
+from harness.check import Errors
+from harness.measure import Timing, peak_growth, time_rounds
+from harness.worker import Worker, outcome, run_job, times
+from vocab.check import Inputs
 from vocab.contenders import COPY, MODES, Contender, contenders
-from vocab.plan import WARM, Cell
+from vocab.plan import Cell
+from vocab.programs import TRAFFIC, Program, check, copy_contender
 
 # Of a cell's progress, the part before the first repetition.
 CHECKED = 0.5
 
 
-class Worker:
-    """One job: its settings, and where results go."""
+class VocabWorker(Worker):
+    """One job of the benchmark."""
 
-    def __init__(self, job: dict[str, Any], output: TextIO) -> None:
-        self.device = torch.device(job["device"])
-        self.modes: list[str] = job["modes"]
-        self.names: list[str] = job["contenders"]
-        self.extra_files = [Path(path) for path in job["extra_files"]]
+    def __init__(self, job: dict[str, Any], stream: TextIO) -> None:
+        super().__init__(job, stream)
+        self.modes = self.modes or list(MODES)
         self.budget: float = job["budget"]
-        self.peak: bool = job["peak"]
-        self.output = Output(output)
 
     def run(self, cell: Cell) -> None:
         """Measures one cell."""
@@ -77,7 +64,7 @@ class Worker:
                 peak = peak_growth(program, inputs)
             except Exception:
                 peak = None
-            self._result(cell, program.contender, program.mode, {"peak_bytes": peak})
+            self.result(cell, program.contender, program.mode, {"peak_bytes": peak})
             self._progress(cell, (count + 1) / len(programs))
 
     def _measure_times(self, cell: Cell, programs: list[Program], inputs: Inputs) -> None:
@@ -89,7 +76,7 @@ class Worker:
                 right.append(program)
                 errors.append(found)
             else:
-                self._result(cell, program.contender, program.mode, {"status": status, **_error_fields(found)})
+                self.result(cell, program.contender, program.mode, {"status": status, **_error_fields(found)})
             self._progress(cell, CHECKED * (count + 1) / len(programs))
 
         yardstick = Program(copy_contender(), COPY, None)
@@ -117,15 +104,13 @@ class Worker:
         copy_ms: float,
         errors: Errors | None,
     ) -> None:
-        median, q20, q80 = (1e3 * value for value in quantiles(seconds))
+        timed = times(seconds)
+        median = timed["median_ms"]
         traffic = TRAFFIC[mode] * inputs.nbytes
         gbps, copy_gbps = traffic / median / 1e6, TRAFFIC[COPY] * inputs.nbytes / copy_ms / 1e6
         fields = {
             "status": "ok",
-            "repetitions": len(seconds),
-            "median_ms": median,
-            "q20_ms": q20,
-            "q80_ms": q80,
+            **timed,
             "traffic_bytes": traffic,
             "gbps": gbps,
             "percent_of_copy": 100 * gbps / copy_gbps,
@@ -133,35 +118,11 @@ class Worker:
             "page_faults": timing.page_faults,
             **_error_fields(errors),
         }
-        self._result(cell, program.contender, mode, fields)
-
-    def _result(self, cell: Cell, contender: Contender, mode: str, fields: dict[str, Any]) -> None:
-        key = {"contender": contender.name, "computes": contender.computes, "mode": mode}
-        self.output.result({**vars(cell), **key, **fields})
+        self.result(cell, program.contender, mode, fields)
 
     def _progress(self, cell: Cell, fraction: float) -> None:
         what = f"memory: {cell}" if self.peak else f"time: {cell}, allocator {cell.allocator}"
         self.output.progress(what, fraction)
-
-
-class Judged(Protocol):
-    """Errors, and what is wrong with them."""
-
-    def wrong(self) -> str | None:
-        """A sentence, or None if the results are right."""
-
-
-JudgedT = TypeVar("JudgedT", bound=Judged)
-
-
-def outcome(checked: Callable[[], JudgedT | None]) -> tuple[str | None, JudgedT | None]:
-    """What a check says against a contender, None if nothing, and the errors that it found."""
-    try:
-        found = checked()
-    except Exception as error:
-        # Whatever a contender raises is its result, and no reason to lose the others'.
-        return f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", None
-    return None if found is None else found.wrong(), found
 
 
 def _rows(mode: str, timing: Timing) -> list[tuple[str, list[float]]]:
@@ -170,27 +131,11 @@ def _rows(mode: str, timing: Timing) -> list[tuple[str, list[float]]]:
     return [("backward", timing.parts[1]), (mode, whole)] if mode == "both" else [(mode, whole)]
 
 
-def quantiles(seconds: list[float]) -> tuple[float, float, float]:
-    """Median, 20 % and 80 % quantile."""
-    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
-    return statistics.median(seconds), fifths[0], fifths[3]
-
-
 def _error_fields(errors: Errors | None) -> dict[str, float]:
     if errors is None:
         return {}
     return {f"{name}_error" if "_" not in name else name: value for name, value in vars(errors).items()}
 
 
-def main() -> None:
-    """Reads a job from the standard input and runs it."""
-    output, sys.stdout = sys.stdout, sys.stderr
-    job = json.load(sys.stdin)
-    job["modes"] = job["modes"] or list(MODES)
-    worker = Worker(job, output)
-    for fields in job["cells"]:
-        worker.run(Cell(**fields))
-
-
 if __name__ == "__main__":
-    main()
+    run_job(VocabWorker, Cell)

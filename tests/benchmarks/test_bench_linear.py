@@ -10,6 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bench_linear import arguments, linear_jobs
+from harness.allocators import CACHING, DEFAULT, WARM
+from harness.contenders import plain_mixce
 from harness.report import MACHINE, read_csv, write_csv
 from linear.check import LinearInputs
 from linear.contenders import (
@@ -29,15 +31,14 @@ from linear.plan import GOAL_SHAPES, PEAKS, SWEEP_VOCABULARIES, linear_cells, li
 from linear.report import KEY, RESULTS, without_wrong
 from mixce_kernels.backends import triton
 from support.paths import BENCHMARKS
-from vocab.contenders import plain_cross_entropy, plain_mixce
-from vocab.plan import CACHING, DEFAULT, WARM
+from vocab.contenders import plain_cross_entropy
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NOWHERE: dict[str, list[int]] = {"rows": [], "hidden_size": [], "vocab": []}
 # Two that must be found out: the gradient of the weight doubled (all else is right), and one that raises.
 EXTRA = """
 import torch
-from vocab.contenders import plain_mixce
+from harness.contenders import plain_mixce
 from linear.contenders import LinearContender
 
 def doubled(hidden, weight, targets):

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from bench_parallel import arguments, parallel_jobs
+from harness.contenders import IGNORE_INDEX, plain_mixce
+from harness.goals import verdicts_text
 from harness.report import MACHINE, read_csv, write_csv
 from parallel.check import ParallelInputs, columns_of
 from parallel.contenders import (
@@ -21,11 +23,10 @@ from parallel.contenders import (
     THREE_ALL_REDUCES,
     parallel_contenders,
 )
-from parallel.goals import parallel_goals_text, parallel_verdicts
+from parallel.goals import parallel_verdicts
 from parallel.plan import DTYPES, RANKS, SHAPES, SMALL_CALL
 from parallel.report import KEY, RESULTS, joined, parallel_summary
 from support.paths import BENCHMARKS
-from vocab.contenders import IGNORE_INDEX, plain_mixce
 
 ROWS, VOCAB = 40, 1003
 # That must be found out: one whose gradient is doubled in the columns of rank 1 alone (all else is right), one that
@@ -34,7 +35,7 @@ EXTRA = """
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from vocab.contenders import IGNORE_INDEX
+from harness.contenders import IGNORE_INDEX
 from parallel.baseline import three_all_reduces
 from parallel.contenders import ParallelContender
 
@@ -222,7 +223,8 @@ def test_peaks_stand_beside_the_times_of_right_contenders():
 
 def test_the_summary_is_the_one_of_the_csv():
     rows = read_csv(BENCHMARKS / "results" / "parallel.csv")
-    assert (BENCHMARKS / "results" / "parallel.md").read_text() == parallel_summary(rows, parallel_goals_text(rows))
+    goals = verdicts_text(parallel_verdicts(rows))
+    assert (BENCHMARKS / "results" / "parallel.md").read_text() == parallel_summary(rows, goals)
 
 
 def test_too_few_rounds_are_refused(capsys):

@@ -14,16 +14,20 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bench_vocab import _jobs, arguments
+from bench_vocab import arguments, jobs_of
 from harness import measure
-from harness.report import KEY, MACHINE, RESULTS, machine, read_csv, summary, table, with_peaks, write_csv
+from harness.allocators import CACHING, DEFAULT, WARM
+from harness.contenders import plain_mixce
+from harness.report import MACHINE, machine, read_csv, write_csv
 from mixce_kernels.backends import cuda, triton
 from support.paths import BENCHMARKS
 from vocab import worker
 from vocab.check import Inputs
-from vocab.contenders import COPY, Contender, contenders, plain_cross_entropy, plain_mixce
+from vocab.contenders import COPY, Contender, contenders, plain_cross_entropy
 from vocab.goals import OURS, verdicts
-from vocab.plan import CACHING, DEFAULT, WARM, Cell, cells, shapes
+from vocab.plan import Cell, cells, shapes
+from vocab.programs import Program
+from vocab.report import KEY, RESULTS, summary, table, with_peaks
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 # Two that must be found out: the weight differentiated with the rest (the loss is right), and one that raises.
@@ -171,7 +175,7 @@ def test_goals_are_computed_from_the_csv(tmp_path):
         measurement(OURS, "grad_in_forward_inplace", 5.0, times_copy=1.5),
     ]
     peaks = [measurement(OURS, "forward", None, peak_bytes=1000), measurement(OURS, "both", None, peak_bytes=4e8)]
-    write_csv(tmp_path / "bench.csv", with_peaks(times, peaks), {})
+    write_csv(tmp_path / "bench.csv", with_peaks(times, peaks), {}, (*KEY, *RESULTS))
     found = [(one.measured, one.met) for one in verdicts(read_csv(tmp_path / "bench.csv"))]
     logits_bytes = 4 * 1024 * 50257
     assert [met for _, met in found] == [False, False, True, True, True, False]
@@ -280,7 +284,7 @@ def timed_loss(gpu):
 def test_events_time_each_part_on_a_gpu(gpu):
     loss = timed_loss(gpu)
     one = Contender("timed", "", {"forward": loss, "both": loss})
-    programs = [measure.Program(one, mode, loss) for mode in ("forward", "both")]
+    programs = [Program(one, mode, loss) for mode in ("forward", "both")]
     *_, timings = measure.time_rounds(programs, gpu.inputs(torch.float32, 8, 50), 0.0, warm=False)
     assert [timing.parts for timing in timings] == [[[0.002] * 7], [[0.002] * 7, [0.005] * 7]]
     before, after = ["restore", "flush", "record"], ["record", "synchronize"]
@@ -295,7 +299,7 @@ def test_peak_memory_of_a_gpu_is_beyond_the_inputs(gpu):
         return logits.sum()
 
     gpu.allocated = 100
-    program = measure.Program(Contender("one", "", {}), "both", loss)
+    program = Program(Contender("one", "", {}), "both", loss)
     assert measure.peak_growth(program, gpu.inputs(torch.float32, 8, 50)) == 250
     assert gpu.log == ["restore", "synchronize", "reset", "forward", "synchronize"]
 
@@ -312,7 +316,7 @@ def test_a_gpu_s_worker_reports_both_backends(gpu, monkeypatch):
     found = {}
     for peak in (False, True):
         output = io.StringIO()
-        worker.Worker({**job, "peak": peak}, output).run(cell)
+        worker.VocabWorker({**job, "peak": peak}, output).run(cell)
         lines = map(json.loads, output.getvalue().splitlines())
         found[peak] = [line["result"] for line in lines if "result" in line]
     times = {(row["contender"], row["mode"]): row for row in with_peaks(found[False], found[True])}
@@ -335,7 +339,7 @@ def test_a_gpu_s_shapes_fit_its_memory(gpu):
     assert shapes(GPU, False, [128256], ["bfloat16"], 0) == [("bfloat16", 2048, 128256)]
     planned = cells(GPU, table, [1, 4], [WARM, DEFAULT], False)
     assert planned == [Cell(*shape, 4, CACHING) for shape in table]
-    peak_jobs, time_jobs = _jobs(arguments(["--device=cuda"]), planned)
+    peak_jobs, time_jobs = jobs_of(arguments(["--device=cuda"]), planned)
     assert [len(job.request["cells"]) for job in (*peak_jobs, *time_jobs)] == [len(table), len(table)]
     assert not any(name.startswith("MALLOC_") for name in time_jobs[0].environment)
 
@@ -351,7 +355,7 @@ def test_both_gpu_backends_take_part_on_cuda_tensors(monkeypatch):
 
 def test_a_gpu_s_csv_names_it(gpu, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    write_csv(tmp_path / "bench.csv", [measurement("fused-cuda", "forward", 1.0)], machine(GPU))
+    write_csv(tmp_path / "bench.csv", [measurement("fused-cuda", "forward", 1.0)], machine(GPU), (*KEY, *RESULTS))
     rows = read_csv(tmp_path / "bench.csv")
     assert (rows[0]["device"], rows[0]["cuda"]) == ("NVIDIA H100", "13.0")
     assert summary(rows, "").startswith("NVIDIA H100, ")
