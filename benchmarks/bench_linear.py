@@ -21,12 +21,12 @@ from dataclasses import replace
 
 import torch
 
-from harness.allocators import ALLOCATOR_ENVIRONMENT, PEAK_ENVIRONMENT
+from harness.allocators import PEAK_ENVIRONMENT
 from harness.command import Benchmark, Results, add_device_options, allocators_of, parsed, parser_of, request_of
-from harness.jobs import Job, integers, job_of, words
+from harness.jobs import Job, integers, job_of, timing_jobs, words
 from linear.contenders import LINEAR_MODES, OURS, linear_contenders
 from linear.goals import linear_verdicts
-from linear.plan import SWEEP_VOCABULARIES, LinearCell, linear_cells, linear_shapes, peak_cells
+from linear.plan import SWEEP_VOCABULARIES, linear_cells, linear_shapes, peak_cells
 from linear.plot import linear_plot
 from linear.report import KEY, RESULTS, linear_summary, linear_table, without_wrong
 
@@ -90,16 +90,8 @@ def linear_jobs(args: argparse.Namespace) -> tuple[list[Job], list[Job]]:
     if args.quick:
         timed, peaks = ([replace(cell, all=False) for cell in cells] for cells in (timed, peaks))
     request = request_of(args, "device", "modes", "rounds")
-    settings: dict[tuple[str, int], list[LinearCell]] = {}
-    for cell in [] if args.no_time else timed:
-        settings.setdefault((cell.allocator, cell.threads), []).append(cell)
-    return (
-        [job_of(PEAK_ENVIRONMENT, peaks[0].threads, peaks, request, True)] if peaks else [],
-        [
-            job_of(ALLOCATOR_ENVIRONMENT[allocator], of, members, request, False)
-            for (allocator, of), members in settings.items()
-        ],
-    )
+    peak_jobs = [job_of(PEAK_ENVIRONMENT, peaks[0].threads, peaks, request, peak=True)] if peaks else []
+    return peak_jobs, [] if args.no_time else timing_jobs(timed, request)
 
 
 if __name__ == "__main__":

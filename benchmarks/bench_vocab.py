@@ -19,9 +19,9 @@ import sys
 
 import torch
 
-from harness.allocators import ALLOCATOR_ENVIRONMENT, PEAK_ENVIRONMENT
+from harness.allocators import PEAK_ENVIRONMENT
 from harness.command import Benchmark, add_device_options, allocators_of, parsed, parser_of, request_of
-from harness.jobs import Job, job_of, words
+from harness.jobs import Job, job_of, timing_jobs, words
 from vocab.contenders import MODES, contenders
 from vocab.goals import verdicts
 from vocab.plan import DTYPES, OVERHEAD, Cell, cells, shapes
@@ -74,19 +74,15 @@ def jobs_of(args: argparse.Namespace, planned: list[Cell]) -> tuple[list[Job], l
     """The child processes for these cells."""
     request = request_of(args, "device", "modes", "budget")
     peak_cells: dict[int, dict[tuple[str, int, int], Cell]] = {}
-    time_cells: dict[tuple[str, int], list[Cell]] = {}
     for cell in planned:
-        time_cells.setdefault((cell.allocator, cell.threads), []).append(cell)
         shape = (cell.dtype, cell.rows, cell.vocab)
         if shape != OVERHEAD and not args.no_memory:
             peak_cells.setdefault(cell.threads, {}).setdefault(shape, cell)
-    return (
-        [job_of(PEAK_ENVIRONMENT, of, members.values(), request, True) for of, members in peak_cells.items()],
-        [
-            job_of(ALLOCATOR_ENVIRONMENT[allocator], of, members, request, False)
-            for (allocator, of), members in time_cells.items()
-        ],
-    )
+    peak_jobs = [
+        job_of(PEAK_ENVIRONMENT, threads, members.values(), request, peak=True)
+        for threads, members in peak_cells.items()
+    ]
+    return peak_jobs, timing_jobs(planned, request)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +113,15 @@ def plain_losses(logits: Tensor, targets: Tensor, eta: float) -> tuple[Tensor, T
     nll = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
     weights = eta + (1.0 - eta) * torch.exp(-nll.detach())
     return weights * nll, weights
+
+
+def results_of(program: Any, inputs: Any) -> list[Tensor]:
+    """Loss and gradients of one call at full size, with some tokens ignored."""
+    inputs.restore()
+    results: list[Tensor] = []
+    for step in program.steps(inputs, inputs.masked_targets, results):
+        step()
+    return results
 
 
 @dataclass(frozen=True)

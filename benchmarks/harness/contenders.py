@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,22 @@ def plain_mixce(logits: Tensor, targets: Tensor) -> Tensor:
     q = torch.exp(-nll.detach())
     loss = ETA * nll + (1.0 - ETA) * q * nll
     return (loss * valid).sum() / valid.sum()
+
+
+def add_installed(
+    loaders: Mapping[str, Callable[[str, torch.device], list[Any]]],
+    device: torch.device,
+    able: list[Any],
+    left_out: dict[str, str],
+) -> None:
+    """Adds the contenders of other packages to those that are able, or to those left out, with the reason."""
+    for name, load in loaders.items():
+        try:
+            able += load(name, device)
+        except importlib.metadata.PackageNotFoundError:
+            left_out[name] = "it is not installed"
+        except (ImportError, NotImplementedError) as error:
+            left_out[name] = str(error)
 
 
 def from_file(path: Path) -> list[Any]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from harness.allocators import ALLOCATOR_ENVIRONMENT
+
 # From here, a worker imports what it needs.
 BENCHMARKS = Path(__file__).resolve().parents[1]
 
@@ -77,6 +79,17 @@ def job_of(allocator: dict[str, str], threads: int, cells: Iterable[Any], reques
     """Measures these cells, peaks or times, in one process."""
     members = [vars(cell) for cell in cells]
     return Job(environment(allocator, threads), {**request, "peak": peak, "cells": members})
+
+
+def timing_jobs(cells: Iterable[Any], request: dict[str, Any]) -> list[Job]:
+    """Jobs that time these cells, a process for each allocator and number of threads."""
+    settings: dict[tuple[str, int], list[Any]] = {}
+    for cell in cells:
+        settings.setdefault((cell.allocator, cell.threads), []).append(cell)
+    return [
+        job_of(ALLOCATOR_ENVIRONMENT[allocator], threads, members, request, peak=False)
+        for (allocator, threads), members in settings.items()
+    ]
 
 
 def run_all(worker: str, peak_jobs: list[Job], time_jobs: list[Job]) -> Measured:

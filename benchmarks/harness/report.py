@@ -20,6 +20,9 @@ from mixce_kernels.backends import cpu
 
 Row = dict[str, str]
 
+# What is said of each measurement, and of loss and gradient [N, V].
+OUTCOME = ("computes", "status", "repetitions", "median_ms", "q20_ms", "q80_ms")
+ERRORS = ("loss_error", "loss_allowed", "grad_error", "grad_allowed")
 MACHINE = ("device", "cpu", "cores", "isa", "python", "torch", "cuda", "triton", "mixce_kernels", "commit", "date")
 
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.contenders import ETA, IGNORE_INDEX, from_file, plain_mixce
+from harness.check import results_of
+from harness.contenders import ETA, IGNORE_INDEX, add_installed, from_file, plain_mixce
 from linear.check import LinearErrors, LinearInputs
 from mixce_kernels import backends, fused_linear_mixce_loss, fused_mixce_loss
 from mixce_kernels.linear.chunks import DEFAULT_CHUNK_BYTES, rows_per_chunk
@@ -86,10 +87,7 @@ def check(program: LinearProgram, inputs: LinearInputs) -> LinearErrors | None:
 
     None for the yardstick: it has no loss that could be wrong.
     """
-    inputs.restore()
-    results: list[Tensor] = []
-    for step in program.steps(inputs, inputs.masked_targets, results):
-        step()
+    results = results_of(program, inputs)
     if program.contender.loss is None:
         return None
     return inputs.expected(program.contender.eta, program.contender.rounds_logits).compare(*results)
@@ -104,7 +102,7 @@ def linear_contenders(
         device: where the inputs will be.
         extra_files: Python files that define `CONTENDERS`, a list of `LinearContender`.
     """
-    left_out = {}
+    left_out: dict[str, str] = {}
     able = [
         LinearContender(MATMULS, "no loss: the matrix products of fused-linear, in its chunks", None, of_goals=True),
         LinearContender(OURS, "MixCE, fused_linear_mixce_loss", partial(_ours, "chunks"), of_goals=True),
@@ -145,13 +143,7 @@ def linear_contenders(
         "cut-cross-entropy": _cut_cross_entropy,
         "liger-kernel": _liger,
     }
-    for name, load in loaders.items():
-        try:
-            able += load(name, device)
-        except importlib.metadata.PackageNotFoundError:
-            left_out[name] = "it is not installed"
-        except (ImportError, NotImplementedError) as error:
-            left_out[name] = str(error)
+    add_installed(loaders, device, able, left_out)
     for path in extra_files:
         able += from_file(path)
     return able, left_out

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from harness.plot import machine_name, pyplot, save
+from harness.plot import bars, machine_name, over_vocabularies, panels, save
 from harness.report import Row, groups, read_csv
 from linear.plan import PEAKS
 from linear.report import CELL
@@ -47,28 +47,17 @@ def linear_plot(path: Path) -> list[Path]:
 
 def _times(rows: list[Row], path: Path) -> Path | None:
     """One panel for each cell: loss and gradients, in the time of the bare matrix products."""
-    panels = groups([row for row in rows if row["allocator"] != PEAKS], CELL)
-    if not panels:
+    cells = groups([row for row in rows if row["allocator"] != PEAKS], CELL)
+    if not cells:
         return None
-    plt = pyplot()
-    across = min(len(panels), 2)
-    down = -(-len(panels) // across)
-    bars = max(len(members) for members in panels.values())
-    figure, axes = plt.subplots(down, across, figsize=(5.4 * across, (0.9 + 0.3 * bars) * down), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (cell, members) in zip(axes.flat, panels.items(), strict=False):
-        colours = [COLOURS.get(row["contender"], OTHER) for row in members]
-        values = [float(row["times_matmuls"]) for row in members]
-        drawn = axis.barh([row["contender"] for row in members], values, color=colours)
-        axis.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.tick_params(labelsize=7)
+    most = max(len(members) for members in cells.values())
+    figure, axes = panels(len(cells), 2, 5.4, 0.9 + 0.3 * most)
+    for axis, (cell, members) in zip(axes, cells.items(), strict=True):
         dtype, n, d, v, threads, allocator = cell
         plural = "s" * (threads != "1")
-        axis.set_title(f"{dtype} N {n}, D {d}, V {v}\n{threads} thread{plural}, allocator {allocator}", fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+        names, values = [row["contender"] for row in members], [float(row["times_matmuls"]) for row in members]
+        of_cell = f"{dtype} N {n}, D {d}, V {v}\n{threads} thread{plural}, allocator {allocator}"
+        bars(axis, names, values, [COLOURS.get(name, OTHER) for name in names], of_cell)
     title = "Loss and gradients of hidden states and weight: time, in the three bare matrix products"
     figure.suptitle(f"{title} ({machine_name(rows[0])})", fontsize=9)
     return save(figure, path)
@@ -76,16 +65,15 @@ def _times(rows: list[Row], path: Path) -> Path | None:
 
 def _memory(rows: list[Row], path: Path) -> Path | None:
     """Peak memory beyond inputs and gradients over V: one panel for each type, N and D with three vocabularies."""
-    panels = {
+    shapes = {
         key: members
         for key, members in groups(rows, ("dtype", "rows", "hidden_size")).items()
         if len({row["vocab"] for row in members}) >= 3
     }
-    if not panels:
+    if not shapes:
         return None
-    plt = pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(5.4 * len(panels), 3.9), squeeze=False)
-    for axis, ((dtype, n, d), members) in zip(axes.flat, panels.items(), strict=True):
+    figure, axes = panels(len(shapes), len(shapes), 5.4, 3.9)
+    for axis, ((dtype, n, d), members) in zip(axes, shapes.items(), strict=True):
         vocabs = sorted({int(row["vocab"]) for row in members})
         for count, ((name,), points) in enumerate(groups(members, ("contender",)).items()):
             points = sorted(points, key=lambda row: int(row["vocab"]))
@@ -97,16 +85,10 @@ def _memory(rows: list[Row], path: Path) -> Path | None:
             axis.plot(
                 drawn, peaks, linewidth=width, marker="o", markersize=3, label=name, color=COLOURS.get(name, OTHER)
             )
-        axis.set_xscale("log")
         axis.set_yscale("log")
-        axis.set_xticks(vocabs, [f"{v // 1000}k" if v >= 1000 else str(v) for v in vocabs], fontsize=7)
-        axis.minorticks_off()
-        axis.tick_params(labelsize=7)
-        axis.set_xlabel("vocabulary", fontsize=8)
-        axis.set_ylabel("peak MB beyond inputs and gradients", fontsize=8)
-        axis.set_title(f"{dtype}, N {n}, D {d}, loss and gradients", fontsize=8)
-        axis.legend(fontsize=6)
-        axis.spines[["top", "right"]].set_visible(False)
+        over_vocabularies(
+            axis, vocabs, "peak MB beyond inputs and gradients", f"{dtype}, N {n}, D {d}, loss and gradients"
+        )
     figure.suptitle(machine_name(rows[0]), fontsize=9)
     return save(figure, path)
 

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.report import Row, computed, groups, machine_line, megabytes, short, text_table, with_notes
+from harness.report import OUTCOME, Row, computed, groups, machine_line, megabytes, short, text_table, with_notes
 from linear.plan import PEAKS
 
 # What one measurement is of, then its results.
 KEY = ("dtype", "rows", "hidden_size", "vocab", "threads", "allocator", "contender", "mode")
 CELL = KEY[:6]
 RESULTS = (
-    "computes",
-    "status",
-    "repetitions",
-    "median_ms",
-    "q20_ms",
-    "q80_ms",
+    *OUTCOME,
     "gflops",
     "times_matmuls",
     "page_faults",

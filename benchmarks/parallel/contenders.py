@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import loss_parallel
 
-from harness.check import Errors
+from harness.check import Errors, results_of
 from harness.contenders import ETA, IGNORE_INDEX, from_file
 from mixce_kernels import vocab_parallel_mixce_loss
 from parallel.baseline import three_all_reduces
@@ -98,12 +98,8 @@ class ParallelProgram:
 
 def check(program: ParallelProgram, inputs: ParallelInputs) -> Errors:
     """Runs the program once at full size, with some tokens ignored, and compares with the oracle's in its columns."""
-    inputs.restore()
-    results: list[Tensor] = []
-    for step in program.steps(inputs, inputs.masked_targets, results):
-        step()
     one = program.contender
-    return inputs.expected(one.eta, one.label_smoothing, one.rounds_log_probs).compare(*results)
+    return inputs.expected(one.eta, one.label_smoothing, one.rounds_log_probs).compare(*results_of(program, inputs))
 
 
 def parallel_contenders(dtype: torch.dtype, extra_files: Iterable[Path] = ()) -> list[ParallelContender]:

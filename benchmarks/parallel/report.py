@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-from harness.report import Row, computed, groups, machine_line, megabytes, short, text_table, with_notes
+from harness.report import (
+    ERRORS,
+    OUTCOME,
+    Row,
+    computed,
+    groups,
+    machine_line,
+    megabytes,
+    short,
+    text_table,
+    with_notes,
+)
 
 # What one measurement is of, then its results.
 KEY = ("dtype", "rows", "vocab", "ranks", "columns", "contender", "mode")
 CELL = KEY[:5]
 RESULTS = (
-    "computes",
-    "status",
-    "repetitions",
-    "median_ms",
-    "q20_ms",
-    "q80_ms",
+    *OUTCOME,
     "collectives",
     "sent_per_token",
     "wire_per_token",
     "peak_bytes",
     "peak_over_logits",
-    "loss_error",
-    "loss_allowed",
-    "grad_error",
-    "grad_allowed",
+    *ERRORS,
 )
 MODES = ("forward", "backward", "both")
 MODE_TITLES = {"forward": "forward, ms", "backward": "backward, ms", "both": "both, ms"}

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.contenders import ETA, IGNORE_INDEX, from_file, plain_mixce
+from harness.contenders import ETA, IGNORE_INDEX, add_installed, from_file, plain_mixce
 from mixce_kernels import backends, fused_mixce_loss
 
 COPY = "copy"
@@ -54,7 +54,7 @@ def contenders(device: torch.device, extra_files: Iterable[Path] = ()) -> tuple[
         device: where the logits will be.
         extra_files: Python files that define `CONTENDERS`, a list of `Contender`.
     """
-    left_out = {}
+    left_out: dict[str, str] = {}
     able = []
     for name in backends.NAMES:
         reason = _why_not(name, device)
@@ -77,13 +77,7 @@ def contenders(device: torch.device, extra_files: Iterable[Path] = ()) -> tuple[
             eta=1.0,
         ),
     ]
-    for name, load in {"liger-kernel": _liger, "cut-cross-entropy": _cut_cross_entropy}.items():
-        try:
-            able.append(load(name, device))
-        except importlib.metadata.PackageNotFoundError:
-            left_out[name] = "it is not installed"
-        except (ImportError, NotImplementedError) as error:
-            left_out[name] = str(error)
+    add_installed({"liger-kernel": _liger, "cut-cross-entropy": _cut_cross_entropy}, device, able, left_out)
     for path in extra_files:
         able += from_file(path)
     return able, left_out
@@ -135,7 +129,7 @@ def _fused_loss(backend: str, flags: dict[str, Any], logits: Tensor, targets: Te
     return loss
 
 
-def _liger(name: str, device: torch.device) -> Contender:
+def _liger(name: str, device: torch.device) -> list[Contender]:
     version = importlib.metadata.version(name)
     if device.type == "cpu":
         raise NotImplementedError("its kernels are Triton's and need a GPU")
@@ -145,9 +139,9 @@ def _liger(name: str, device: torch.device) -> Contender:
     # It writes the gradient over the logits in forward: its place is beside our mode that does.
     losses = {"forward": function, "grad_in_forward_inplace": function}
     computes = f"cross-entropy alone (MixCE at eta = 1) in the logits' type, Liger {version}"
-    return Contender("liger", computes, losses, eta=1.0)
+    return [Contender("liger", computes, losses, eta=1.0)]
 
 
-def _cut_cross_entropy(name: str, device: torch.device) -> Contender:
+def _cut_cross_entropy(name: str, device: torch.device) -> list[Contender]:
     importlib.metadata.version(name)
     raise NotImplementedError("it computes hidden @ weight.T with its loss, and no loss of given logits")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from harness.plot import machine_name, pyplot, save
+from harness.plot import bars, machine_name, over_vocabularies, panels, save
 from harness.report import Row, groups, read_csv
 from vocab.plan import HEADLINES
 from vocab.report import KEY, MODE_TITLES
@@ -53,28 +53,16 @@ def _bars(rows: list[Row], path: Path, column: str, title: str) -> Path | None:
     if column == "peak_over_logits":
         # A peak is of a shape: the setting in which it was timed changes nothing that shows here.
         rows = list({tuple(row[k] for k in (*KEY[:3], *KEY[5:])): row for row in rows}.values())
-        panels = groups(rows, KEY[:3])
+        cells = groups(rows, KEY[:3])
     else:
-        panels = groups(rows, KEY[:5])
-    if not panels:
+        cells = groups(rows, KEY[:5])
+    if not cells:
         return None
-    plt = pyplot()
-    across = min(len(panels), 3)
-    down = -(-len(panels) // across)
-    bars = max(len(members) for members in panels.values())
-    figure, axes = plt.subplots(down, across, figsize=(4.6 * across, (0.9 + 0.3 * bars) * down), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, (cell, members) in zip(axes.flat, panels.items(), strict=False):
-        names = [_bar_name(row) for row in members]
-        values = [float(row[column]) for row in members]
-        drawn = axis.barh(names, values, color=[_colour(row["contender"]) for row in members])
-        axis.bar_label(drawn, fmt="%.2f", padding=2, fontsize=7)
-        axis.invert_yaxis()
-        axis.margins(x=0.15)
-        axis.tick_params(labelsize=7)
-        axis.set_title(_panel_title(cell), fontsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
+    most = max(len(members) for members in cells.values())
+    figure, axes = panels(len(cells), 3, 4.6, 0.9 + 0.3 * most)
+    for axis, (cell, members) in zip(axes, cells.items(), strict=True):
+        names, values = [_bar_name(row) for row in members], [float(row[column]) for row in members]
+        bars(axis, names, values, [_colour(row["contender"]) for row in members], _panel_title(cell))
     figure.suptitle(f"Loss and gradient: {title} ({machine_name(rows[0])})", fontsize=9)
     return save(figure, path)
 
@@ -87,29 +75,16 @@ def _by_vocabulary(rows: list[Row], path: Path) -> Path | None:
     threads = max((row["threads"] for row in rows), key=int)
     allocator = rows[0]["allocator"]
     rows = [row for row in rows if row["threads"] == threads and row["allocator"] == allocator]
-    panels = groups(rows, ("dtype", "mode"))
-    plt = pyplot()
-    across = len({mode for _, mode in panels})
-    down = -(-len(panels) // across)
-    figure, axes = plt.subplots(down, across, figsize=(3.9 * across, 2.9 * down), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, ((dtype, mode), members) in zip(axes.flat, panels.items(), strict=False):
+    by_mode = groups(rows, ("dtype", "mode"))
+    figure, axes = panels(len(by_mode), len({mode for _, mode in by_mode}), 3.9, 2.9)
+    for axis, ((dtype, mode), members) in zip(axes, by_mode.items(), strict=True):
         for (name,), points in groups(members, ("contender",)).items():
             points = sorted(points, key=lambda row: int(row["vocab"]))
             vocabs = [int(row["vocab"]) for row in points]
             times = [1e6 * float(row["median_ms"]) / (int(row["rows"]) * int(row["vocab"])) for row in points]
             axis.plot(vocabs, times, marker="o", markersize=3, label=name, color=_colour(name))
-        axis.set_xscale("log")
-        axis.set_xticks(vocabs, [f"{v // 1000}k" for v in vocabs], fontsize=7)
-        axis.minorticks_off()
+        over_vocabularies(axis, vocabs, "ns per logit", f"{dtype}, {MODE_TITLES[mode]}")
         axis.set_ylim(bottom=0)
-        axis.tick_params(labelsize=7)
-        axis.set_xlabel("vocabulary", fontsize=8)
-        axis.set_ylabel("ns per logit", fontsize=8)
-        axis.set_title(f"{dtype}, {MODE_TITLES[mode]}", fontsize=8)
-        axis.legend(fontsize=6)
-        axis.spines[["top", "right"]].set_visible(False)
     plural = "s" * (threads != "1")
     figure.suptitle(f"{machine_name(rows[0])}, {threads} thread{plural}, allocator {allocator}", fontsize=9)
     return save(figure, path)

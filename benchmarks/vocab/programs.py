@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.check import Errors
+from harness.check import Errors, results_of
 from harness.contenders import ETA
 from vocab.check import Inputs
 from vocab.contenders import COPY, Contender, LossFunction
@@ -60,11 +60,7 @@ class Program:
 
 def check(program: Program, inputs: Inputs) -> Errors:
     """Runs the program once at full size, with some tokens ignored, and compares its results with the oracle's."""
-    inputs.restore()
-    results: list[Tensor] = []
-    for step in program.steps(inputs, inputs.masked_targets, results):
-        step()
-    return inputs.expected(program.contender.eta).compare(*results)
+    return inputs.expected(program.contender.eta).compare(*results_of(program, inputs))
 
 
 def copy_contender() -> Contender:

@@ -6,17 +6,12 @@ from typing import Any
 
 import torch
 
-from harness.report import Row, computed, groups, machine_line, megabytes, short, with_notes
+from harness.report import ERRORS, OUTCOME, Row, computed, groups, machine_line, megabytes, short, with_notes
 
 # What one measurement is of, then its results, then where and with what it was made.
 KEY = ("dtype", "rows", "vocab", "threads", "allocator", "contender", "mode")
 RESULTS = (
-    "computes",
-    "status",
-    "repetitions",
-    "median_ms",
-    "q20_ms",
-    "q80_ms",
+    *OUTCOME,
     "traffic_bytes",
     "gbps",
     "percent_of_copy",
@@ -24,10 +19,7 @@ RESULTS = (
     "page_faults",
     "peak_bytes",
     "peak_over_logits",
-    "loss_error",
-    "loss_allowed",
-    "grad_error",
-    "grad_allowed",
+    *ERRORS,
 )
 MODE_TITLES = {
     "forward": "forward",
