@@ -89,8 +89,8 @@ $(VENV)/extra-%: pyproject.toml | $(VENV)/core
 	$(PIP) --requirement $@.txt
 	@touch $@
 
-# The oldest releases that the integrations take, with what they need instead of the newest's: tests/test_oldest_releases.py
-# puts a folder of them first.
+# The oldest releases that the integrations take, with what they need instead of the newest's: tests/integrations/
+# test_oldest_releases.py puts a folder of them first.
 OLDEST_TRANSFORMERS := transformers==4.49.0 tokenizers==0.21.4 huggingface_hub==0.36.2 datasets==3.6.0
 OLDEST_TRL := trl==1.0.0 transformers==4.56.2 tokenizers==0.22.2 huggingface_hub==0.36.2 accelerate==1.4.0 \
 	peft==0.17.1 datasets==4.7.0 httpx==0.28.1 httpcore==1.0.9 h11==0.16.0
@@ -100,7 +100,8 @@ $(VENV)/oldest: Makefile | $(VENV)/core
 	$(PIP) --no-deps --target $@/trl $(OLDEST_TRL)
 	@touch $@
 
-# Other releases of Triton, the oldest and the newest supported: tests/triton_releases.py puts a folder of one first.
+# Other releases of Triton, the oldest and the newest supported: tests/support/triton_releases.py puts a folder of one
+# first.
 TRITON_OLDEST := 3.6.0
 TRITON_NEWEST := 3.9.0
 $(VENV)/tritons: Makefile | $(VENV)/core

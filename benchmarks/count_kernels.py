@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_counts import (
+
+from gpu_kernels.counts import (
     BACKENDS,
     TARGET,
     TARGETS,
@@ -35,11 +36,12 @@ from kernel_counts import (
     compiled_cases,
     verdicts,
 )
-from kernel_registers import Held, Registers, held_rows, resource_usage
-from kernel_tables import NAMES, markdown, write_csv, write_registers_csv
-from report import machine, text_table
+from gpu_kernels.registers import Held, Registers, held_rows, resource_usage
+from gpu_kernels.tables import NAMES, markdown, write_csv, write_registers_csv
+from harness.report import machine, text_table
 
-ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = Path(__file__).resolve().parent
+ROOT = BENCHMARKS.parent
 STARTED = time.monotonic()
 
 
@@ -160,9 +162,11 @@ def usage(cuobjdump: str, extension: Path) -> list[Registers]:
 def worker(job: dict[str, Any], cases: list[Case], package: Path) -> list[dict[str, Any]]:
     """The results of a process that does the job with the copy of the package in the folder `package`."""
     knobs = {"PYTHONPATH": str(package), "MIXCE_CPU_TENSORS": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(Path(__file__).parent / "kernel_worker.py")]
+    command = [sys.executable, "-m", "gpu_kernels.worker"]
     pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment() | knobs) as process:
+    with subprocess.Popen(
+        command, cwd=BENCHMARKS, stdin=pipe, stdout=pipe, text=True, env=environment() | knobs
+    ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         with process.stdin as stdin:

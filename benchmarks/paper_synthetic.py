@@ -28,10 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jobs import integers, words
-from report import Row, machine, read_csv, write_csv
-from synthetic_pool import run_all
-from synthetic_report import (
+
+from harness.jobs import integers, words
+from harness.report import Row, machine, read_csv, write_csv
+from synthetic.pool import run_all
+from synthetic.report import (
     COLUMNS,
     ETAS,
     KEY,
@@ -42,7 +43,7 @@ from synthetic_report import (
     synthetic_summary,
     synthetic_table,
 )
-from synthetic_train import Setting
+from synthetic.train import Setting
 
 HERE = Path(__file__).resolve().parent
 
@@ -152,7 +153,7 @@ def main(given: list[str] | None = None) -> int:
     summary.write_text(synthetic_summary(results.rows))
     print(f"written: {path}, {summary}")
     try:
-        from synthetic_plot import synthetic_plot
+        from synthetic.plot import synthetic_plot
 
         print(f"written: {synthetic_plot(path)}")
     except ImportError as error:

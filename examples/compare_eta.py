@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from eta_report import conclusions, report, table
 from eta_results import facts, read_csv, write_csv
 from sample_quality import ORDERS, LanguageModel, held_out_qualities, sample, sample_qualities
-from torch import Tensor
 
 DEFAULT_ETAS = (1.0, 0.9, 0.5, 0.1, 0.0)
 # Of the command line, as they stand on every line of the CSV.

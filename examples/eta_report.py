@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+
 from eta_results import METRICS, Row, etas_of, read_csv, values_of
 
 # The plot's panels, row by row.

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from progress import Progress
-from watched import Watched
+
+# Or the helpers' assertions would say nothing but that they failed.
+pytest.register_assert_rewrite("support")
 
 from mixce_kernels import backends
 from mixce_kernels.backends import native
+from support.progress import Progress
+from support.watched import Watched
 
 # Interpreted and compiled kernels do not mix in one process: `TRITON_INTERPRET=1 pytest` tries that backend alone, on
 # CPU tensors.
@@ -54,11 +56,8 @@ if EMULATED == "cuda":
     )
 
 
-# Tests of what is built on the losses: benchmarks, documents, examples, packages, trainers.
-BEYOND_THE_CORE = re.compile(
-    r"test_(bench|compare_eta|count_kernels|data_parallel|docs|linear_model|migration|packaging|paper|parallel_model|site"
-    r"|token_metrics|train|transformers|trl)"
-)
+# The folders with tests of what is built on the losses.
+BEYOND_THE_CORE = ("benchmarks", "docs", "integrations", "packaging")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -74,7 +73,7 @@ LONGEST = ("triton_interpreter", "cuda_kernels_on_cpu", "triton_compiled", "olde
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what is beyond the core, puts long files first, and thins out what an interpreter takes minutes for."""
     for item in items:
-        if BEYOND_THE_CORE.match(item.path.name):
+        if item.path.parent.name in BEYOND_THE_CORE:
             item.add_marker(pytest.mark.slow)
     names = [f"test_{name}.py" for name in LONGEST]
     items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))

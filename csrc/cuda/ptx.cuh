@@ -1,5 +1,5 @@
 // The instructions that CUDA C++ has no name for, one function each, and shared memory, declared one way.
-// tests/cuda_on_cpu/ptx.cuh gives the same functions their meaning on a CPU.
+// tests/backends/cuda_on_cpu/ptx.cuh gives the same functions their meaning on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -1,0 +1,1 @@
+"""Counts of the GPU kernels, and the model that rests on them."""

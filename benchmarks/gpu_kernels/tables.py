@@ -1,0 +1,276 @@
+"""Counts of the GPU kernels as a CSV, and as Markdown with their bars, the model of chips, and registers."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from gpu_kernels.counts import (
+    BACKENDS,
+    BARS,
+    DTYPES,
+    MAIN_STEPS,
+    OPTIONS,
+    ROWS,
+    TARGET,
+    VOCABULARIES,
+    Count,
+    held_to_bars,
+)
+from gpu_kernels.model import (
+    CHIPS,
+    ISSUE_SLOTS,
+    REACHABLE,
+    SPECIAL_FUNCTIONS,
+    Modelled,
+    modelled,
+    not_of_memory_alone,
+    plain_limits,
+)
+from gpu_kernels.registers import ARCHITECTURES, REGISTERS, REGISTERS_GRANULARITY, Held, Registers
+
+FIGURES = ("unique_loaded_bytes", "loaded_bytes", "stored_bytes", "vector_share", "special_functions", "instructions")
+COUNT_COLUMNS = tuple(field.name for field in dataclasses.fields(Count))
+NAMES = {"cuda": "CUDA", "triton": "Triton"}
+WHAT_IT_IS = """\
+The compiled PTX of the kernels was executed on a CPU, and counted. **No time was measured, and no GPU was there.** PTX
+instructions are not the instructions of a GPU (SASS): ptxas merges some and adds others. Every figure is for each
+logit: summed over all launches of a step and over their threads, divided by N * V. Unique bytes are those that a launch
+touches, of the call's own tensors; CUDA's partials of rows that several blocks share are not among them. Exponentials
+include reciprocals and logarithms: few, but for one reciprocal with each tanh of a softcap."""
+MODEL_TEXT = """\
+**A model from published figures, not a measurement.** Each limit alone gives a time for a logit, in picoseconds on the
+whole chip; the model's time is the largest. Memory: unique bytes loaded and stored at {reachable:.0%} of the bandwidth.
+Issue: warp instructions at {slots} a clock and multiprocessor, PTX instructions in place of SASS. Special functions:
+{special} a clock and multiprocessor. Left out: latency, the start and the end of a launch, shared memory, the bandwidth
+of L2, and how far the passes of a row overlap with other rows'. "PTX may take" is how many instructions a thread has
+for a logit before issue takes as long as memory. The counts of {target} stand for all chips, but for grad_in_forward on
+the A100: without clusters it is launched otherwise, and was counted so."""
+OPTIONS_MODEL_TEXT = """\
+Options and types, each alone, for which memory is not the largest limit on every chip: the largest, and its time. As
+counted on sm_90, with one read from memory. float64 is left out, since its units are no part of the model."""
+REGISTERS_TEXT = """\
+Registers of a thread and, after the slash, blocks that a multiprocessor holds by registers ({registers}, in units of
+{unit} a warp), by threads, and by shared memory but for rows held there. Bytes in local memory, spills among them:
+{spilled}."""
+HELD_TEXT = """\
+How CUDA holds a bfloat16 row between the passes of grad_in_forward, with N = 4096: blocks that share a row (a cluster),
+bytes of it in the shared memory of each, and blocks that a multiprocessor holds by that memory."""
+
+
+def write_csv(path: Path, counts: Iterable[Count], facts: dict[str, str]) -> None:
+    """One line for each step of each case; `facts` stand on every line."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*COUNT_COLUMNS, "vector_share", *facts], lineterminator="\n")
+        writer.writeheader()
+        for count in counts:
+            row = dataclasses.asdict(count) | {"vector_share": count.vector_share}
+            writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} | facts)
+
+
+def write_registers_csv(path: Path, kernels: Iterable[Registers], facts: dict[str, str]) -> None:
+    """One line for each kernel, type, variant and architecture."""
+    with path.open("w", newline="") as file:
+        columns = [field.name for field in dataclasses.fields(Registers)]
+        writer = csv.DictWriter(file, [*columns, "blocks", *facts], lineterminator="\n")
+        writer.writeheader()
+        for kernel in kernels:
+            writer.writerow(dataclasses.asdict(kernel) | {"blocks": kernel.blocks} | facts)
+
+
+def markdown(counts: list[Count], kernels: list[Registers], held: list[Held], facts: dict[str, str]) -> str:
+    """The whole report."""
+    made_with = ", ".join(f"{name} {value}" for name, value in facts.items() if value)
+    parts = [
+        f"# What the compiled GPU kernels do\n\n{made_with}.\n\n{WHAT_IT_IS}",
+        f"## Counts and bars\n\n{bars_table(counts)}",
+        f"## What else was counted\n\n{others_table(counts)}",
+        f"## What an option adds\n\n{options_table(counts)}",
+        f"## Limits of chips\n\n{model_section(counts)}",
+    ]
+    if kernels:
+        parts.append(f"## Registers and occupancy\n\n{registers_section(kernels, held)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def bars_table(counts: list[Count]) -> str:
+    """Each figure with its bar, and whether it is met."""
+    titles = [bar.title for bar in BARS["forward"]]
+    lines = [f"{TARGET}, bfloat16, N = {ROWS}.", "", *_head(["", "V", *titles])]
+    held = list(held_to_bars(counts))
+    for step, bars in BARS.items():
+        for backend in BACKENDS:
+            bounds = [f"{'>=' if bar.at_least else '<='} {_bound(bar.bounds[backend], bar.at_least)}" for bar in bars]
+            lines.append(_row([f"**{step}, {NAMES[backend]}**", "", *bounds]))
+            for count in held:
+                if (count.step, count.backend) == (step, backend):
+                    cells = [_verdict(getattr(count, bar.figure), bar.at_least, bar.met_by(count)) for bar in bars]
+                    lines.append(_row([count.kernels, str(count.vocab), *cells]))
+    missed = sum(not bar.met_by(count) for count in held for bar in BARS[count.step])
+    checked = sum(len(BARS[count.step]) for count in held)
+    return "\n".join([*lines, "", f"{checked - missed} of {checked} bars met."])
+
+
+def others_table(counts: list[Count]) -> str:
+    """What has no bar: the scaling of a gradient's rows, and grad_in_forward where there are no clusters."""
+    lines = [
+        "scale_rows is what follows a grad_in_forward in the backward, where the upstream gradient is not 1.",
+        "",
+        *_head(["", "architecture", "N", "V", *FIGURE_TITLES]),
+    ]
+    for count in counts:
+        if count.dtype == "bfloat16" and not count.option and (count.target != TARGET or count.step == "scale_rows"):
+            name = f"{count.step}, {NAMES[count.backend]}"
+            lines.append(_row([name, count.target, str(count.rows), str(count.vocab), *_figures(count)]))
+    return "\n".join(lines)
+
+
+def options_table(counts: list[Count]) -> str:
+    """Differences from the plain step in bfloat16, each option and type alone."""
+    rows = VOCABULARIES[0]
+    lines = [f"{TARGET}, N = {ROWS}, V = {rows}: differences from the same step without options in bfloat16."]
+    for backend in BACKENDS:
+        of = {
+            (count.step, count.option, count.dtype): count
+            for count in counts
+            if (count.backend, count.target, count.vocab) == (backend, TARGET, rows)
+        }
+        for step in MAIN_STEPS:
+            plain = of.get((step, "", "bfloat16"))
+            if plain is None:
+                continue
+            lines += ["", *_head([f"{step}, {NAMES[backend]}", *FIGURE_TITLES]), _row(["", *_figures(plain)])]
+            wanted = [(option, "bfloat16") for option in OPTIONS if option] + [("", dtype) for dtype in DTYPES]
+            for option, dtype in wanted:
+                if (step, option, dtype) in of:
+                    lines.append(_row([option or dtype, *_differences(of[step, option, dtype], plain)]))
+    return "\n".join(lines)
+
+
+def model_section(counts: list[Count]) -> str:
+    """The chips' figures, and each step's limits on each."""
+    text = MODEL_TEXT.format(reachable=REACHABLE, slots=ISSUE_SLOTS, special=SPECIAL_FUNCTIONS, target=TARGET)
+    lines = [text, "", *_head(["chip", "TB/s", "multiprocessors", "GHz", "L2, MB"])]
+    for chip in CHIPS:
+        numbers = [f"{chip.bandwidth / 1e12:.2f}", str(chip.multiprocessors), f"{chip.clock / 1e9:.2f}"]
+        lines.append(_row([chip.name, *numbers, f"{chip.l2_bytes / 1e6:.0f}"]))
+    titles = [
+        "chip",
+        "V",
+        "reads",
+        "memory",
+        "issue",
+        "special functions",
+        "the largest",
+        "PTX may take",
+        "PTX counted",
+    ]
+    for backend in BACKENDS:
+        lines += ["", *_head([f"{NAMES[backend]}", *titles])]
+        lines += [_row(_model_cells(one)) for one in modelled(counts, backend)]
+    lines += ["", OPTIONS_MODEL_TEXT, "", *_head(["", *(f"{chip.name}" for chip in CHIPS)])]
+    for backend in BACKENDS:
+        for count in not_of_memory_alone(counts, backend):
+            found = (plain_limits(chip, count) for chip in CHIPS)
+            name = f"{NAMES[backend]} {count.step}, {count.option or count.dtype}"
+            lines.append(_row([name, *(f"{one.largest}, {one.time:.3f}" for one in found)]))
+    return "\n".join(lines)
+
+
+def _model_cells(one: Modelled) -> list[str]:
+    times = [f"{time:.3f}" for time in (one.limits.memory, one.limits.issue, one.limits.special)]
+    counts = [f"{one.most_instructions:.1f}", f"{one.count.instructions:.1f}"]
+    return [one.count.step, one.chip.name, str(one.count.vocab), one.reads, *times, one.limits.largest, *counts]
+
+
+def registers_section(kernels: list[Registers], held: list[Held]) -> str:
+    """Registers and blocks by kernel and architecture, and the rows that CUDA holds."""
+    spilled = [one for one in kernels if one.spilled_bytes]
+    names = "; ".join(f"{one.spilled_bytes} in {NAMES[one.backend]} {_title(one)} on {one.target}" for one in spilled)
+    lines = [
+        REGISTERS_TEXT.format(registers=REGISTERS, unit=REGISTERS_GRANULARITY, spilled=names or "none, in no kernel"),
+        "",
+    ]
+    lines += _head(["", "threads", *ARCHITECTURES])
+    table: dict[tuple[str, str, int], dict[str, Registers]] = {}
+    for one in kernels:
+        table.setdefault((one.backend, _title(one), one.threads), {})[one.target] = one
+    for (backend, title, threads), by_target in table.items():
+        found = (by_target.get(target) for target in ARCHITECTURES)
+        cells = [f"{known.registers} / {known.blocks}" if known else "" for known in found]
+        lines.append(_row([f"{NAMES[backend]} {title}", str(threads), *cells]))
+    if held:
+        lines += ["", HELD_TEXT, "", *_head(["architecture", "V", "blocks of a row", "bytes held", "blocks"])]
+        for row in held:
+            cells = [str(row.parts), str(row.held_bytes), str(row.blocks)]
+            lines.append(_row([row.target, str(row.vocab), *(cells if row.held_bytes else [cells[0], "none", ""])]))
+        lines += _second_reads(kernels, held)
+    return "\n".join(lines)
+
+
+def _second_reads(kernels: list[Registers], held: list[Held]) -> list[str]:
+    """How much of L2 the rows want that are read a second time."""
+    found = []
+    for row in held:
+        chip = next((chip for chip in CHIPS if chip.target == row.target), None)
+        blocks = [
+            one.blocks
+            for one in kernels
+            if (one.backend, one.target, one.dtype, one.variant)
+            == ("cuda", row.target, "bfloat16", "gradient, second read")
+        ]
+        if chip and blocks and not row.held_bytes:
+            rows = chip.multiprocessors * blocks[0]
+            text = (
+                f"On the {chip.name} the {rows} rows of V = {row.vocab} under way at once are "
+                f"{rows * row.vocab * 2 / 1e6:.0f} MB, L2 is {chip.l2_bytes / 1e6:.0f} MB: "
+            )
+            fits = rows * row.vocab * 2 <= chip.l2_bytes
+            found += [
+                "",
+                text + ("there the second read finds them." if fits else "much of it is read from memory again."),
+            ]
+    return found
+
+
+FIGURE_TITLES = [bar.title for bar in BARS["forward"]]
+
+
+def _title(one: Registers) -> str:
+    return ", ".join(filter(None, (one.kernel, one.dtype, one.variant)))
+
+
+def _figures(count: Count) -> list[str]:
+    return [_figure(getattr(count, name), name == "vector_share") for name in FIGURES]
+
+
+def _differences(count: Count, plain: Count) -> list[str]:
+    cells = []
+    for name in FIGURES:
+        difference = getattr(count, name) - getattr(plain, name)
+        share = name == "vector_share"
+        text = f"{100 * difference:+.1f} points" if share else f"{difference:+.2f}"
+        cells.append("0" if abs(difference) < (5e-4 if share else 5e-3) else text)
+    return cells
+
+
+def _figure(value: float, share: bool) -> str:
+    return f"{value:.1%}" if share else f"{value:.3f}"
+
+
+def _bound(value: float, share: bool) -> str:
+    return f"{value:.0%}" if share else f"{value:g}"
+
+
+def _verdict(value: float, share: bool, met: bool) -> str:
+    return f"{_figure(value, share)} {'met' if met else '**not met**'}"
+
+
+def _head(titles: list[str]) -> list[str]:
+    return [_row(titles), "|---|" + "---:|" * (len(titles) - 1)]
+
+
+def _row(cells: list[str]) -> str:
+    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)

@@ -1,0 +1,164 @@
+"""Runs compiled GPU kernels on the CPU and counts what they do: one process of `count_kernels.py`.
+
+Reads a job as JSON from stdin; writes a line of JSON for each step of each case. `mixce_kernels` must be a copy that
+was built with CUDA kernels and the shared CUDA runtime.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gpu_kernels.counts import OPTIONS, STEPS, Case, count_of
+from gpu_kernels.registers import Registers
+
+
+class Runtime(Protocol):
+    """What stands in for a GPU's; launches are those since `begin`."""
+
+    counts: bool
+
+    def begin(self, tensors: list[Tensor]) -> None:
+        """Forgets the launches so far; of these tensors unique bytes will be counted."""
+
+    def launches(self) -> list[tuple[str, dict[str, Any]]]:
+        """Names and counters."""
+
+    def registers(self, case: Case) -> list[Registers]:
+        """Of the launched kernels, where they are known at run time alone."""
+
+
+class CudaRuntime:
+    """A stand-in for the CUDA runtime that the extension is linked to."""
+
+    counts = True
+
+    def __init__(self, target: str, extension: str) -> None:
+        from ptx_on_cpu import cudart
+
+        self.runtime = cudart.Runtime(target)
+        self.runtime.attach(extension)
+        self.tensors: list[Tensor] = []
+
+    def begin(self, tensors: list[Tensor]) -> None:
+        self.runtime.unregister(*self.tensors)
+        self.tensors = [tensor for tensor in tensors if tensor.numel() > 0]
+        self.runtime.register(*self.tensors)
+        self.runtime.clear()
+
+    def launches(self) -> list[tuple[str, dict[str, Any]]]:
+        return [(launch["kernel"], launch["counters"]) for launch in self.runtime.launches()]
+
+    def registers(self, case: Case) -> list[Registers]:
+        return []
+
+
+class TritonRuntime:
+    """A stand-in for Triton's driver; with `counts` off its kernels are compiled, and not run."""
+
+    def __init__(self, counts: bool) -> None:
+        from ptx_on_cpu import triton_backend
+
+        self.backend, self.counts = triton_backend, counts
+
+        class Compiled(triton_backend.Launcher):  # type: ignore[misc]
+            def __call__(self, x: int, y: int, z: int, *_: Any) -> None:
+                m = self.metadata
+                shape = (m.num_warps, m.num_ctas, m.num_stages, m.shared)
+                record = triton_backend.LaunchRecord(m.name, f"sm_{m.target.arch}", (x, y, z), *shape, {}, self.ptx)
+                triton_backend.launches.append(record)
+
+        if not counts:
+            triton_backend.Driver.launcher_cls = Compiled
+
+    def use(self, target: str) -> None:
+        self.backend.install(target)
+
+    def begin(self, tensors: list[Tensor]) -> None:
+        self.backend.clear()
+
+    def launches(self) -> list[tuple[str, dict[str, Any]]]:
+        return [(launch.name, launch.counters) for launch in self.backend.launches]
+
+    def registers(self, case: Case) -> list[Registers]:
+        found = []
+        for launch in self.backend.launches if not self.counts else []:
+            static = launch.static
+            words = [case.option, f"V = {case.vocab}" if case.steps != ("scale_rows",) else ""]
+            words += ["gradient" * (case.steps == ("grad_in_forward",)), "cluster" * (launch.num_ctas > 1)]
+            variant = ", ".join(filter(None, words))
+            numbers = (32 * launch.num_warps, static["registers"], static["spill_bytes"], launch.smem)
+            found.append(Registers("triton", case.target, launch.name, case.dtype, variant, *numbers))
+        return found
+
+
+def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
+    """Takes the case's steps; yields the counts, or the registers, of each."""
+    from mixce_kernels import backends
+    from mixce_kernels.backends.results import Results
+    from mixce_kernels.options import TokenOptions, accumulate_dtype
+
+    dtype, option = getattr(torch, case.dtype), OPTIONS[case.option]
+    real, options = accumulate_dtype(dtype), TokenOptions(**dict(option.token_options))  # type: ignore[arg-type]
+    n_rows, n_stats = case.rows, case.rows if option.stats else 0
+    logits = (3 * torch.randn(n_rows, case.vocab)).to(dtype)
+    targets = torch.randint(0, case.vocab, (n_rows,))
+    eta = torch.rand(n_rows, dtype=real) if option.eta_tensor else None
+    loss, state, grad_loss = (torch.full(size, 1 / n_rows, dtype=real) for size in ((n_rows,), (5, n_rows), (n_rows,)))
+    stats = torch.empty((5, n_rows) if option.stats else 0, dtype=real)
+    correct = torch.empty(n_stats, dtype=torch.bool)
+    memory = torch.empty(logits.numel() + option.grad_offset, dtype=dtype)
+    grad_logits = memory[option.grad_offset :].view_as(logits)
+    tensors = [logits, targets, loss, state, stats, correct, grad_loss, memory]
+    backend, results = backends.get(case.backend), Results(loss, state, stats, correct)
+
+    def take(step: str) -> None:
+        if step == "forward":
+            backend.forward(logits, targets, eta, 0.5, options, results, None, None)
+        elif step == "backward":
+            backend.logits_grad(logits, targets, state, grad_loss, options, grad_logits)
+        elif step == "grad_in_forward":
+            backend.forward(logits, targets, eta, 0.5, options, results, grad_loss, grad_logits)
+        else:
+            backend.scale_rows_(grad_logits, 3 + grad_loss)
+
+    # In this order: a backward wants the state of a forward.
+    for step in (step for step in STEPS if step in case.steps):
+        runtime.begin(tensors if eta is None else [*tensors, eta])
+        take(step)
+        if runtime.counts:
+            yield {"count": dataclasses.asdict(count_of(case, step, runtime.launches()))}
+        one_step = dataclasses.replace(case, steps=(step,))
+        yield from ({"registers": dataclasses.asdict(one)} for one in runtime.registers(one_step))
+    if runtime.counts:
+        assert loss.isfinite().all(), f"{case} has losses that are not finite"
+
+
+def main() -> None:
+    """Does the job."""
+    job = json.load(sys.stdin)
+    sys.path.insert(0, job["ptx_on_cpu"])
+    torch.manual_seed(0)
+    cases = [Case(**{**fields, "steps": tuple(fields["steps"])}) for fields in job["cases"]]
+    # Before mixce_kernels is imported: the extension binds to the first CUDA runtime of its process.
+    cuda = CudaRuntime(cases[0].target, job["extension"]) if cases[0].backend == "cuda" else None
+    triton = None if cuda else TritonRuntime(job["counts"])
+    for case in cases:
+        if triton is not None:
+            triton.use(case.target)
+        for result in run(case, cuda or triton):  # type: ignore[arg-type]
+            print(json.dumps(result), flush=True)
+    if cuda is not None:
+        from mixce_kernels import _C
+
+        print(json.dumps({"state_bytes": _C.cuda_state_bytes(1)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The benchmark and the model of the loss with its linear head."""

@@ -1,0 +1,1 @@
+"""The benchmark and the model of the loss of a sharded vocabulary."""

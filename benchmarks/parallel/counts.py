@@ -1,0 +1,285 @@
+"""What a rank of a vocabulary-parallel loss launches, moves, sends and holds, counted for a model of GPUs.
+
+    python -m parallel.counts
+
+One rank of k that are not there runs on the CPU, with a process group that sends nothing: operators are counted, not
+timed. Ours is counted as on a GPU, with nothing in place of its two kernels, whose bytes are known. Each operator reads
+its operands and writes its results; views and allocations cost nothing, and a gather reads what it returns.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as Sharded
+from torch.distributed.tensor.parallel import loss_parallel
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mixce_kernels import vocab_parallel_mixce_loss
+from mixce_kernels.backends.results import empty_results
+from mixce_kernels.options import TokenOptions
+from mixce_kernels.parallel.backend import ShardBackend
+from mixce_kernels.parallel.shard import Shard
+from parallel.baseline import three_all_reduces
+
+OURS, LOSS_PARALLEL, THREE_ALL_REDUCES = "vocab_parallel_mixce_loss", "loss_parallel", "three-all-reduces"
+STEPS = ("forward", "backward")
+N_ROWS = 1024
+# Of a rank: enough columns that what grows with them is told from what does not.
+COLUMNS = (256, 512)
+RANKS = (8, 16)
+# Made on the host, or no memory is touched.
+_NOTHING = {"scalar_tensor", "detach", "alias", "lift_fresh", "_unsafe_view"}
+_WRITERS = {"copy_", "fill_", "zero_"}
+_GATHERS = {"gather", "index"}
+_COLLECTIVES = ("c10d", "_c10d_functional")
+_NO_COLLECTIVES = {"wait_tensor", "_wrap_tensor_autograd"}
+
+
+@dataclass
+class Counted:
+    """Of one step on one rank."""
+
+    launches: int = 0
+    moved_bytes: int = 0
+    sent: list[int] = field(default_factory=list)  # bytes that each collective takes from the rank
+    held_bytes: int = 0  # at the step's peak, beside the inputs and the gradient
+
+    def add(self, other: Counted) -> None:
+        """Another part of the same step."""
+        self.launches += other.launches
+        self.moved_bytes += other.moved_bytes
+        self.sent += other.sent
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one step of a loss: parts that do not grow, and parts that grow with logits and with ranks."""
+
+    launches: int
+    sent: tuple[float, ...]  # a token
+    logit_bytes: float  # moved, a logit of the rank
+    token_bytes: float  # moved, a token
+    rank_bytes: float  # moved, a token and rank
+    held_logit_bytes: float
+    held_token_bytes: float
+    held_rank_bytes: float
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operators that run inside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted = Counted()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(each, DTensor) for each in types):
+            # What it does with the rank's own tensors comes by here.
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name.partition("::")[2]
+        if func.namespace in _COLLECTIVES:
+            if name not in _NO_COLLECTIVES:
+                # An all-gather's operands are its result and its message; a reduction's is its message.
+                message = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)][-1]
+                self.counted.sent.append(message.numel() * message.element_size())
+        elif func.namespace == "aten" and not (func.is_view or name in _NOTHING or "empty" in name):
+            self.counted.launches += 1
+            self.counted.moved_bytes += _moved(name, args, result)
+        return result
+
+
+def _moved(name: str, args: Any, result: Any) -> int:
+    operands = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
+    written = sum(map(_nbytes, tree_leaves(result)))
+    if name in _GATHERS:
+        return 2 * written + sum(map(_nbytes, operands[1:]))
+    if name == "index_put_":
+        return sum(map(_nbytes, operands[1:])) + _nbytes(operands[-1])
+    return written + sum(map(_nbytes, operands[1:] if name in _WRITERS else operands))
+
+
+def _nbytes(leaf: Any) -> int:
+    return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0
+
+
+def _held(one: Any) -> dict[str, int]:
+    """The most bytes that there are at a time in each step, beside the inputs and what the step hands over."""
+    one.loss = one.results = None
+    forward, kept = _peak(one.forward)
+    backward, _ = _peak(one.backward)
+    return {"forward": forward, "backward": kept + backward - one.logits.numel() * one.logits.element_size()}
+
+
+def _peak(step: Callable[[], Any]) -> tuple[int, int]:
+    """Bytes allocated at the peak and left at the end, the result's included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = step()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    del result
+    return peak, held
+
+
+class _NoKernels:
+    """A backend of a GPU whose kernels are left out."""
+
+    checks_targets = False
+
+    def unavailable(self, logits: Tensor) -> str | None:
+        return None
+
+    def forward(self, *_: Any) -> None:
+        pass
+
+    def logits_grad(self, *_: Any) -> None:
+        pass
+
+    def scale_rows_(self, *_: Any) -> None:
+        pass
+
+
+class _Ours:
+    """The operators that the public function's own hide."""
+
+    def __init__(self, ranks: int, columns: int) -> None:
+        self.logits = torch.randn(N_ROWS, columns, dtype=torch.bfloat16)
+        self.targets = torch.randint(columns, (N_ROWS,))
+        self.shard = ShardBackend(_NoKernels(), Shard(_world().group_name, 0, None, check_group=False))
+        self.results: tuple[Tensor, ...] = ()
+
+    def forward(self) -> None:
+        self.results = empty_results(self.logits, self.targets, False)
+        self.shard.forward(self.logits, self.targets, None, 0.5, TokenOptions(), self.results, None, None)
+
+    def backward(self) -> Tensor:
+        grad, grad_loss = torch.empty_like(self.logits), self.results[0]
+        self.shard.logits_grad(self.logits, self.targets, self.results[1], grad_loss, TokenOptions(), grad)
+        return grad
+
+
+class _Around:
+    """What the public function does around its operators, which do nothing."""
+
+    def __init__(self, ranks: int, columns: int) -> None:
+        self.logits = torch.randn(N_ROWS, columns, dtype=torch.bfloat16, requires_grad=True)
+        self.targets = torch.randint(columns, (N_ROWS,))
+        self.loss: Any = None
+
+    def forward(self) -> None:
+        with mock.patch.object(ShardBackend, "forward", return_value=None):
+            self.loss = vocab_parallel_mixce_loss(
+                self.logits, self.targets, group=None, vocab_start=0, backend="cpu", check_group=False
+            )
+
+    def backward(self) -> Any:
+        with mock.patch.object(ShardBackend, "logits_grad", return_value=None):
+            return torch.autograd.grad(self.loss, self.logits)
+
+
+class _LossParallel:
+    def __init__(self, ranks: int, columns: int) -> None:
+        self.logits = torch.randn(N_ROWS, columns, dtype=torch.bfloat16, requires_grad=True)
+        self.targets = torch.randint(columns, (N_ROWS,))
+        self.mesh = init_device_mesh("cpu", (ranks,))
+        self.loss: Any = None
+
+    def forward(self) -> None:
+        with loss_parallel():
+            logits = DTensor.from_local(self.logits, self.mesh, [Sharded(1)], run_check=False)
+            loss: Any = F.cross_entropy(logits, self.targets)
+            self.loss = loss.to_local()
+
+    def backward(self) -> Any:
+        with loss_parallel():
+            return torch.autograd.grad(self.loss, self.logits)
+
+
+class _ThreeAllReduces:
+    def __init__(self, ranks: int, columns: int) -> None:
+        self.logits = torch.randn(N_ROWS, columns, dtype=torch.bfloat16, requires_grad=True)
+        self.targets = torch.randint(columns, (N_ROWS,))
+        self.loss: Any = None
+
+    def forward(self) -> None:
+        self.loss = three_all_reduces(self.logits, self.targets, _world(), 0)
+
+    def backward(self) -> Any:
+        return torch.autograd.grad(self.loss, self.logits)
+
+
+def _world() -> dist.ProcessGroup:
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
+_COUNTED: dict[str, tuple[Any, ...]] = {
+    OURS: (_Ours, _Around),
+    LOSS_PARALLEL: (_LossParallel,),
+    THREE_ALL_REDUCES: (_ThreeAllReduces,),
+}
+
+
+def _count(name: str, ranks: int, columns: int) -> dict[str, Counted]:
+    """Both steps."""
+    # A process group of other ranks needs the last one to be gone.
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    found = {step: Counted() for step in STEPS}
+    try:
+        for make in _COUNTED[name]:
+            one = make(ranks, columns)
+            # The first call is not counted: some operators are for it alone.
+            one.forward()
+            one.backward()
+            for step, total in found.items():
+                with Counting() as counting:
+                    getattr(one, step)()
+                total.add(counting.counted)
+            if make is not _Around:
+                # The least of some tries: what a collector of garbage has yet to free is no part of a step.
+                tries = [_held(one) for _ in range(3)]
+                for step in STEPS:
+                    found[step].held_bytes = min(held[step] for held in tries)
+    finally:
+        dist.destroy_process_group()
+    return found
+
+
+def figures(name: str) -> dict[str, Figures]:
+    """The steps of a loss, from two numbers of columns and of ranks."""
+    base, wider, more = (
+        _count(name, *of) for of in ((RANKS[0], COLUMNS[0]), (RANKS[0], COLUMNS[1]), (RANKS[1], COLUMNS[0]))
+    )
+    found = {}
+    for step in STEPS:
+        parts: list[float] = []
+        for of in ("moved_bytes", "held_bytes"):
+            a_row, a_wider, one_more = (getattr(each[step], of) / N_ROWS for each in (base, wider, more))
+            a_logit = (a_wider - a_row) / (COLUMNS[1] - COLUMNS[0])
+            a_rank = (one_more - a_row) / (RANKS[1] - RANKS[0])
+            parts += [a_logit, a_row - a_logit * COLUMNS[0] - a_rank * RANKS[0], a_rank]
+        found[step] = Figures(base[step].launches, tuple(sent / N_ROWS for sent in base[step].sent), *parts)
+    return found
+
+
+if __name__ == "__main__":
+    for loss in _COUNTED:
+        for step, found in figures(loss).items():
+            print(json.dumps({"loss": loss, "step": step, **asdict(found)}))

@@ -1,9 +1,0 @@
-"""`TRITON_INTERPRET=1 python -m doc_pages PAGE` runs the blocks of a page that need Triton's interpreter."""
-
-import sys
-
-from doc_blocks import run_interpreted_blocks
-
-from . import PAGES
-
-run_interpreted_blocks(PAGES[sys.argv[1]])

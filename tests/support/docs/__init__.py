@@ -1,0 +1,1 @@
+"""The documentation's blocks of Python, and what runs and checks them."""

@@ -1,0 +1,20 @@
+"""The pages of the documentation: a module for each that has blocks, with its set-up, its checks and its `PAGE`."""
+
+from support.docs.blocks import Page
+
+from . import guide, index, integrations, migration, readme, vocab_parallel
+
+PAGES = {
+    page.name: page
+    for page in (
+        readme.PAGE,
+        index.PAGE,
+        guide.PAGE,
+        migration.PAGE,
+        integrations.PAGE,
+        vocab_parallel.PAGE,
+        Page("linear.md"),
+        Page("kernels.md"),
+        Page("reference.md"),
+    )
+}

@@ -1,0 +1,151 @@
+"""Runs the compiled PTX of the Triton kernels on CPU tensors: `python -m support.triton_on_ptx`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mixce_kernels import fused_mixce_loss
+from mixce_kernels.backends import triton as backend
+from mixce_kernels.triton_kernels.forward import forward_kernel
+from support.cases import DTYPES, Case
+from support.figures import FIGURES, assert_figures
+from support.inputs import build
+from support.loss_checks import check_statistics
+from support.oracle import Options
+from support.triton_check import check, confident_inputs
+
+BOTH = {"grad_in_forward": True, "inplace_backward": True}
+EVERY = {"softcap": 20.0, "label_smoothing": 0.1, "z_loss": 1e-3, "logit_scale": 0.7}
+HELD, TWO_READS, CLUSTER = "held", "two reads", "cluster"
+# Each type and option with each path, in sizes just past a step, so that blocks, steps and a rest all run. How the
+# gradient is made in forward: from registers of one program, from those of a cluster, or from a second read.
+CASES: list[tuple[tuple[int, int], torch.dtype, dict[str, Any], str | None]] = [
+    ((4, 1003), torch.bfloat16, {}, None),
+    ((3, 5200), torch.float32, {"label_smoothing": 0.1, "z_loss": 1e-3, "logit_scale": 0.7}, None),
+    ((3, 1031), torch.float32, {"inplace_backward": True, "softcap": 9.0, "eta": 0.0}, None),
+    ((3, 5129), torch.float16, EVERY | {"eta": torch.tensor([0.0, 0.3, 1.0])}, None),
+    ((3, 515), torch.float64, EVERY | {"eta": torch.tensor(0.6)}, None),
+    ((3, 1), torch.float32, {"grad_in_forward": True}, HELD),
+    ((3, 5300), torch.bfloat16, BOTH, HELD),
+    ((3, 1003), torch.float16, {"grad_in_forward": True, "z_loss": 1e-3}, HELD),
+    ((3, 4500), torch.float32, BOTH | {"label_smoothing": 0.2}, HELD),
+    ((3, 900), torch.float64, BOTH | {"softcap": 9.0}, HELD),
+    ((3, 17000), torch.bfloat16, BOTH | EVERY, TWO_READS),
+    ((3, 17003), torch.float32, {"grad_in_forward": True, "softcap": 9.0}, TWO_READS),
+    ((3, 33333), torch.bfloat16, BOTH | {"eta": torch.tensor([0.0, 0.3, 1.0]), "logit_scale": 0.7}, CLUSTER),
+    ((3, 33555), torch.float16, {"grad_in_forward": True, "z_loss": 1e-3}, CLUSTER),
+    ((3, 33333), torch.float32, BOTH, CLUSTER),
+    ((3, 16500), torch.float64, {"grad_in_forward": True}, CLUSTER),
+]
+
+
+# The statistics of each type: of rows past a block with every option, and of rows that are held for their gradient.
+STATISTICS = [
+    Case(f"ptx_{mode}", shape=(5, size), dtype=dtype, kind=kind, options=options, mode=mode)
+    for dtype in DTYPES
+    for mode, size, kind, options in (
+        ("plain", 5203, "masked", Options(label_smoothing=0.1, z_loss=1e-3, softcap=6.0, logit_scale=1.3)),
+        ("grad_in_forward", 700, "confident", Options()),
+    )
+]
+
+
+def path_of(counters: dict[str, Any], n_ctas: int, row_bytes: float) -> str:
+    """How a forward kernel made its gradient."""
+    if n_ctas > 1:
+        return CLUSTER
+    return TWO_READS if 16 * counters["global_loads"][16] > row_bytes else HELD
+
+
+def check_results(launches: list[Any]) -> None:
+    """Each case against the float64 oracle; a bad target; rows of a slice, and gradients that lie otherwise."""
+    for (n_rows, vocab_size), dtype, keywords, path in CASES:
+        launches.clear()
+        logits, targets = confident_inputs(n_rows, vocab_size, dtype)
+        check(logits, targets, **keywords)
+        if path is not None and vocab_size > 1:
+            row_bytes = (targets >= 0).sum().item() * vocab_size * dtype.itemsize
+            found = path_of(launches[0].counters, launches[0].num_ctas, row_bytes)
+            assert found == path, (vocab_size, dtype, keywords, found)
+    logits, targets = confident_inputs(4, 1005, torch.bfloat16)
+    check(logits.reshape(2, 2, 1005)[:, :1], targets.reshape(2, 2)[:, :1].contiguous())
+    check(logits[:, 5:], targets % 1000, grad_in_forward=True, softcap=20.0)
+
+    for keywords in ({}, {"grad_in_forward": True}):
+        logits, targets = confident_inputs(4, 515, torch.float32)
+        targets[1] = 2**33 + 5
+        logits.requires_grad_()
+        loss, stats = fused_mixce_loss(
+            logits, targets, reduction="none", return_stats=True, backend="triton", **keywords
+        )
+        loss.sum().backward()
+        expected_nan = [False, True, False, False]
+        assert loss.isnan().tolist() == expected_nan
+        assert all(statistic.isnan().tolist() == expected_nan for statistic in stats[:5])
+        expected_correct = logits.detach().argmax(1) == targets
+        expected_correct[2] = False  # ignored
+        assert stats.correct.tolist() == expected_correct.tolist()
+        assert logits.grad is not None
+        assert logits.grad.isnan().all(1).tolist() == logits.grad.isnan().any(1).tolist() == expected_nan
+
+
+def check_all_statistics() -> None:
+    """Each of them against the oracle."""
+    for case in STATISTICS:
+        inputs = build(case)
+        _, stats = fused_mixce_loss(
+            inputs.logits, inputs.targets, inputs.eta, backend="triton", return_stats=True, **inputs.keywords
+        )
+        check_statistics(case, stats)
+
+
+def check_figures(launches: list[Any]) -> None:
+    """Speed that can be seen without a GPU: each logit is read once, in whole vectors, with few instructions."""
+    n_rows = 64
+    for vocab_size in (50257, 128256):
+        logits = torch.randn(n_rows, vocab_size, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+        targets = torch.arange(n_rows)
+        launches.clear()
+        fused_mixce_loss(logits, targets, backend="triton").backward()
+        fused_mixce_loss(logits, targets, grad_in_forward=True, backend="triton")
+        for step, launch in zip(FIGURES["triton"], launches, strict=True):
+            assert_figures("triton", step, launch.counters, logits.numel())
+
+    # Rows whose factor is 1 are neither read nor written: each thread reads the factor alone.
+    launches.clear()
+    backend.scale_rows_(logits.detach()[:2], torch.tensor([1.0, 1.0]))
+    counters = launches[-1].counters
+    assert not counters["global_stores"], counters
+    assert list(counters["global_loads"]) == [4], counters
+
+
+def check_specialisation() -> None:
+    """Values do not specialise: neither sizes and strides of 1 or of multiples of 16, nor options, nor addresses."""
+    compiled = len(forward_kernel.device_caches[90][0])
+    assert compiled > 0
+    for n_rows, vocab_size, ignore_index, eta in ((1, 50257, 1, 0.0), (2, 50272, 16, 1.0), (1, 50258, 2**40, 0.3)):
+        logits, targets = torch.randn(n_rows, vocab_size + 16).bfloat16(), torch.full((n_rows,), 3)
+        fused_mixce_loss(logits[:, 3 : 3 + vocab_size], targets, eta, ignore_index=ignore_index, backend="triton")
+    assert len(forward_kernel.device_caches[90][0]) == compiled
+
+
+def main() -> None:
+    """Raises AssertionError at the first result that is off, and ptx_on_cpu's error at an access out of bounds."""
+    import ptx_on_cpu
+    from ptx_on_cpu import triton_backend
+
+    with triton_backend.on_cpu("sm_90") as launches:
+        for order in ("forward", "reverse", "shuffled"):
+            ptx_on_cpu.configure(order=order, seed=1, races=True)
+            check_results(launches)
+            check_all_statistics()
+        ptx_on_cpu.configure(order="forward", races=False)
+        check_figures(launches)
+        check_specialisation()
+    print("ran", len(CASES))
+
+
+if __name__ == "__main__":
+    main()
