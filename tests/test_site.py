@@ -52,7 +52,7 @@ def test_site_does_not_build_with_a_broken_link(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("[there](nowhere.md), [here](index.md#nowhere)\n", encoding="utf-8")
     configuration = tmp_path / "mkdocs.yml"
-    lines = [f"INHERIT: {ROOT / 'mkdocs.yml'}", "docs_dir: docs", "nav: [index.md]", "plugins: [search]"]
+    lines = [f"INHERIT: {ROOT / 'mkdocs.yml'}", "docs_dir: docs", "hooks: []", "nav: [index.md]", "plugins: [search]"]
     configuration.write_text("\n".join(lines) + "\n", encoding="utf-8")
     built = build_site(configuration, tmp_path / "site")
     assert built.returncode != 0
