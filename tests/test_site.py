@@ -42,6 +42,9 @@ def test_site_builds(tmp_path: Path) -> None:
         loaded = re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?(?:https?:)?//", html)
         loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|preload|icon)[^>]*(?:https?:)?//", html)
         assert not loaded, page.name
+        images = re.findall(r"<img[^>]*\ssrc=\"?([^\s\">]+)", html)
+        assert len(images) == len(re.findall(r"^!\[", page.read_text(encoding="utf-8"), re.MULTILINE)), page.name
+        assert not [image for image in images if not (tmp_path / "site" / image).is_file()], page.name
     reference = (tmp_path / "site" / "reference.html").read_text(encoding="utf-8")
     for name in mixce_kernels.__all__:
         assert f'id="mixce_kernels.{name}"' in reference, name
