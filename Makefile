@@ -1,15 +1,15 @@
-# `make benchmark` and `make test` do all their set-up, in the virtual environment .venv; so does every command below.
-# They take the newest torch; for another: make test TORCH=torch==2.13.0 TRITON=triton==3.7.1 (first `make clean`).
+# Every command below does its own set-up, in the virtual environment .venv, with the newest torch.
+# For another torch: `make clean`, then make test TORCH=torch==2.13.0 TRITON=triton==3.7.1.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch
-# Named besides torch because torch's CPU builds do not bring it, and the tests interpret its kernels.
+# Triton is named besides torch because torch's CPU builds do not bring it, and the tests interpret its kernels.
 TRITON ?= $(if $(filter Linux,$(shell uname)),triton)
 WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Passive waiting, because the workers share the cores: threads that spin would take them from one another. A file stays
-# with its worker, which builds or starts once what its tests share; those with long tests come first.
+# The workers share the cores, so their threads wait passively: a spinning thread would take a core from another worker.
+# A file of tests stays with one worker, which builds once what the tests of the file share. Long files come first.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 EXTRAS := benchmark docs examples transformers trl test-all
 
@@ -37,19 +37,19 @@ compare-eta: $(VENV)/extra-benchmark $(VENV)/extra-examples
 docs: $(VENV)/extra-docs
 	$(BIN)/mkdocs build --strict
 
-# The core: every backend that runs here, in minutes.
+# The core of the tests, on every backend that runs here, in minutes.
 test: $(VENV)/core
 	$(PYTEST) -m "not slow" $(ARGS)
 
-# Whatever is not in the core: GPU kernels executed in other ways and compiled ahead of time, ranks, benchmarks,
-# documents, trainers, packages, and other releases of what all these use.
+# All other tests: GPU kernels executed in other ways and compiled ahead of time, ranks, benchmarks, documents, trainers,
+# packages, and other releases of torch's companions.
 test-rest: $(EXTRAS:%=$(VENV)/extra-%) $(VENV)/oldest $(VENV)/tritons $(VENV)/peers
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-rest
 
-# For a machine with a GPU and without a network: uses and changes the environment of PYTHON, which has torch, Triton,
-# pytest, NumPy, ninja, pybind11 and setuptools already.
+# For a machine with a GPU and without a network. It installs the package into the environment of PYTHON, which has
+# torch, Triton, pytest, NumPy, ninja, pybind11 and setuptools already.
 test-gpu:
 	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps .
 	cd tests && $(PYTHON) -m pytest -q -m gpu -p no:cacheprovider $(ARGS)
@@ -72,7 +72,7 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The extension of an earlier build is removed, so that one that fails to compile is not mistaken for it.
+# The extension of an earlier build is removed first: after a build that fails it would be taken for the new extension.
 $(VENV)/core: setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
 	rm -f mixce_kernels/_C.*.so
 	$(PIP) --editable '.[test]' $(TORCH) $(TRITON)
@@ -80,7 +80,7 @@ $(VENV)/core: setup.py pyproject.toml $(shell find csrc -type f) | $(BIN)/python
 		echo "No native extension: $(BIN)/pip install -v -e . says why. Continuing without the backends 'cpu' and 'cuda'."
 	@touch $@
 
-# An extra's requirements by themselves: installing the package once more would compile it once more.
+# Only the requirements of an extra are installed: installing the package again would compile it again.
 REQUIREMENTS = import importlib.metadata, sys; \
 	print(*(line.partition(";")[0] for line in importlib.metadata.requires("mixce_kernels") \
 	if line.endswith("extra == \"" + sys.argv[1] + "\"")), sep="\n")

@@ -18,7 +18,7 @@ from eta_results import facts, read_csv, write_csv
 from sample_quality import ORDERS, LanguageModel, held_out_qualities, sample, sample_qualities
 
 DEFAULT_ETAS = (1.0, 0.9, 0.5, 0.1, 0.0)
-# Of the command line, as they stand on every line of the CSV.
+# Arguments of the command line that stand on every line of the CSV.
 SETTINGS = (
     "loss",
     "steps",
@@ -61,12 +61,12 @@ def compare(
     text_facts: dict[str, Any],
     args: argparse.Namespace,
 ) -> None:
-    """Trains and measures every eta with every seed, and writes what came out of it into args.out.
+    """Trains and measures every eta with every seed, and writes the results into args.out.
 
     Args:
         train_model: trains a new model with this eta and seed; for one seed, start and batches are always the same.
         held_out: tokens [M] that no training sees.
-        text_facts: what the CSV says of text and vocabulary.
+        text_facts: columns of the CSV about text and vocabulary.
         args: the command line.
     """
     # The last token of a window is the next one's first, so that every token but the first is predicted once.
@@ -105,7 +105,10 @@ def choose(windows: int, count: int, seed: int) -> Tensor:
 def measure(
     model: LanguageModel, windows: Tensor, chosen: Tensor, seed: int, args: argparse.Namespace
 ) -> dict[str, float]:
-    """One trained model: its prediction of all windows [W, T + 1], and its samples after the chosen ones' prompts."""
+    """The qualities of one trained model: of its predictions in all windows [W, T + 1], and of its samples.
+
+    The samples follow the prompts of the chosen windows.
+    """
     generator = torch.Generator(args.device).manual_seed(seed)
     prompts = windows[chosen, : args.prompt_tokens]
     with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):

@@ -1,4 +1,4 @@
-"""A comparison of etas for its reader, from its CSV alone: table, conclusions and plot.
+"""Table, conclusions and plot of a comparison of etas, from its CSV alone.
 
     python examples/eta_report.py benchmarks/results/compare_eta.csv
 
@@ -63,7 +63,7 @@ def table(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The comparison in Markdown: where and how, the table, what its lines mean, and what follows from it."""
+    """The comparison in Markdown: machine and settings, the table, the meaning of its lines, and conclusions."""
     titles, *body = _cells(rows)
     lines = [_made_with(rows[0]), "", _settings(rows), "", f"| | {' | '.join(titles[1:])} |"]
     lines.append("|---|" + "---:|" * (len(titles) - 1))
@@ -93,7 +93,7 @@ def _settings(rows: list[Row]) -> str:
 
 
 def conclusions(rows: list[Row]) -> list[str]:
-    """What the numbers say, in sentences: which eta is best by each metric, how sure that is, and how often which."""
+    """Sentences about the numbers: the best eta by each metric, with how many seeds, and a count over all metrics."""
     etas = etas_of(rows)
     seeds = len(values_of(rows, etas[0], "entropy"))
     sentences = []

@@ -1,4 +1,4 @@
-"""What a comparison of etas measured, where and with what, as lines of a CSV."""
+"""The measurements of a comparison of etas, with machine and versions, as lines of a CSV."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Row = dict[str, str]
 
 
 class Metric(NamedTuple):
-    """How a measured column is shown, and what is best: "human" (nearest to it), "low", "high", or "" for no such."""
+    """How a column is shown, and its best value: "human" (nearest to human text), "low", "high", or "" for none."""
 
     title: str
     digits: int
@@ -37,7 +37,7 @@ KEY = ("source", "eta", "seed")
 
 
 def facts(device: str) -> dict[str, str]:
-    """Where and with what a run is made."""
+    """The machine and the versions of a run."""
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "cpu": _cpu_model(),

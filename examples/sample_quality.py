@@ -1,7 +1,7 @@
-"""How near a language model's samples come to human text: unbiased sampling, and the counts that judge it.
+"""Unbiased samples of a language model, and counts that compare them with human text.
 
-Everything is counted in tokens and over sequences of one length, for human text and for samples alike: the share of
-unique n-grams falls with every token that is counted, so texts of different sizes say nothing beside each other.
+Human text and samples are counted in tokens, over sequences of the same number and length. The share of unique n-grams
+falls as the number of tokens grows, so texts of different sizes cannot be compared.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from tqdm import tqdm
 from mixce_kernels import fused_mixce_loss
 
 ORDERS = (1, 2, 3, 4)  # of the n-grams
-# For each layer the keys and values so far, each [B, heads, T, D / heads]; nothing before the first call.
+# For each layer its keys and values so far, each [B, heads, T, D / heads]; empty before the first call.
 Cache = list[list[Tensor]]
 
 
 class LanguageModel(Protocol):
-    """What is sampled from and evaluated."""
+    """The model that is sampled from and evaluated."""
 
     def __call__(self, tokens: Tensor, cache: Cache | None = None) -> Any:
         """Tokens [B, T] to logits [B, T, V]; with a cache, which grows, they follow the tokens of earlier calls."""
@@ -31,8 +31,8 @@ class LanguageModel(Protocol):
 def sample(model: LanguageModel, prompts: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Continues each of the prompts [B, P] by `count` tokens: ancestral sampling at temperature 1, nothing cut off.
 
-    That is sampling from the very distribution that was trained, which is what the MixCE paper calls unbiased (Zhang et
-    al. 2023, arXiv 2305.16958). Each token costs one position, because the model keeps keys and values.
+    The samples come from the distribution that was trained; the MixCE paper calls this unbiased (Zhang et al. 2023,
+    arXiv 2305.16958). Each token costs one position, because the model keeps keys and values.
 
     Returns:
         The drawn tokens [B, count], and the log-probability [B, count] with which the model drew each.
@@ -82,7 +82,7 @@ def _unique_share(grams: Tensor) -> float:
 def held_out_qualities(model: LanguageModel, windows: Tensor, batch_size: int) -> dict[str, float]:
     """How well the model predicts windows [W, T + 1], each token but a window's first.
 
-    perplexity: exp of the mean forward cross-entropy, whatever the training loss.
+    perplexity: exp of the mean forward cross-entropy, for any training loss.
     accuracy: the share of tokens that are the model's first choice.
     mean_q: the mean probability that the model gives to the token.
     """

@@ -69,7 +69,7 @@ def tokenize(text: str, vocab_size: int) -> tuple[Tensor, int]:
 
 
 class Corpus(NamedTuple):
-    """A text's tokens, and what is held out of the training."""
+    """A text's tokens: those of the training, and those that are held out."""
 
     characters: int
     train_tokens: Tensor  # [M]
@@ -91,7 +91,7 @@ class Block(nn.Module):
         )
 
     def forward(self, hidden: Tensor, past: list[Tensor] | None = None) -> Tensor:  # [B, T, D] -> [B, T, D]
-        """With `past`, the keys and values of earlier positions, to which those of hidden are added."""
+        """`past` holds the keys and values of earlier positions; those of `hidden` are added to it."""
         qkv = self.qkv(self.attention_norm(hidden))
         query, key, value = qkv.unflatten(-1, (3, self.heads, -1)).permute(
             2, 0, 3, 1, 4
@@ -121,7 +121,7 @@ class GPT(nn.Module):
             nn.init.normal_(embedding.weight, std=0.02)
 
     def forward(self, tokens: Tensor, cache: list[list[Tensor]] | None = None) -> Tensor:  # [B, T] -> logits [B, T, V]
-        """With a cache, an empty list at first, which keeps keys and values, single tokens follow those of before."""
+        """With a cache, empty at first, which keeps keys and values, tokens follow those of earlier calls."""
         start = cache[0][0].shape[2] if cache else 0
         positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         hidden = self.tokens(tokens) + self.positions(positions)
@@ -135,8 +135,8 @@ class GPT(nn.Module):
 def make_criterion(loss: str, eta: float) -> Callable[[Tensor, Tensor], Any]:
     """The training loss by name: logits [B, T, V] and targets [B, T] to a scalar."""
     if loss == "fused":
-        # Nothing but the loss reads the logits, so their gradient may take their place, and since the upstream
-        # gradient is 1, it can do so already in forward: one read, one write, and no second [B, T, V] tensor.
+        # Only the loss reads the logits, so their gradient may overwrite them. The upstream gradient is 1, so this can
+        # happen in the forward: one read, one write, and no second [B, T, V] tensor.
         return MixCELoss(eta, grad_in_forward=True, inplace_backward=True)
     if loss == "reference":
         return MixCELoss(eta, backend="reference")
@@ -172,7 +172,7 @@ def train(model: nn.Module, train_tokens: Tensor, held_out: Tensor, args: argpar
     for step in progress:
         starts = torch.randint(len(train_tokens) - args.block_size, (args.batch_size, 1), generator=generator)
         batch = train_tokens[starts + torch.arange(args.block_size + 1)].to(args.device)  # [B, T + 1]
-        # The shift is made in the tokens: shifting the logits by slicing would cost a [B, T, V] gradient in backward.
+        # The tokens are shifted: a slice of the logits would cost a [B, T, V] gradient in backward.
         with torch.autocast(args.device, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             logits = model(batch[:, :-1])
         loss = criterion(logits, batch[:, 1:])
@@ -193,7 +193,7 @@ def train(model: nn.Module, train_tokens: Tensor, held_out: Tensor, args: argpar
 
 @torch.no_grad()
 def evaluate(model: nn.Module, held_out: Tensor, args: argparse.Namespace) -> float:
-    """The perplexity of held_out [M], in blocks: exp of the mean forward cross-entropy, whatever the training loss."""
+    """The perplexity of held_out [M], in blocks: exp of the mean forward cross-entropy, for any training loss."""
     blocks = (len(held_out) - 1) // args.block_size
     inputs, targets = (held_out[i : i + blocks * args.block_size].view(blocks, -1) for i in (0, 1))
     total = 0.0
@@ -291,7 +291,7 @@ def train_once(args: argparse.Namespace) -> None:
 
 def compare_etas(args: argparse.Namespace) -> None:
     """A training for each eta and seed, their samples beside human text."""
-    # Here, because a training alone needs none of it.
+    # Imported here, because a training alone needs none of it.
     from compare_eta import check_comparison, compare
 
     check_comparison(args)

@@ -55,7 +55,7 @@ class Block(nn.Module):
         self.contract = nn.Linear(4 * width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [B, T, D] -> [B, T, D]
-        # Heads come first among the columns of qkv, so that those of a process are some whole heads.
+        # Heads come first among the columns of qkv, so that a process holds whole heads.
         qkv = self.qkv(self.attention_norm(hidden)).unflatten(-1, (-1, 3, self.head_width))
         query, key, value = qkv.permute(3, 0, 2, 1, 4)  # each [B, heads of this process, T, D / heads]
         attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
@@ -115,7 +115,7 @@ def train(model: GPT, mesh: DeviceMesh | None, device: torch.device, args: argpa
     """Trains the model on random blocks of the text; returns the steps' losses [steps]."""
     text = language_reference()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
-    # On the CPU and with the same seed in every process: all of them have to see the same batches.
+    # On the CPU and with the same seed in every process: all processes have to see the same batches.
     generator = torch.Generator().manual_seed(args.seed)
     losses = []
     for _ in range(args.steps):
@@ -131,7 +131,7 @@ def train(model: GPT, mesh: DeviceMesh | None, device: torch.device, args: argpa
 
 @contextmanager
 def processes(device_type: str) -> Iterator[tuple[DeviceMesh | None, torch.device]]:
-    """The mesh of the processes that torchrun started, None without torchrun; and the device of this one."""
+    """The mesh of the processes that torchrun started, None without torchrun; and the device of this process."""
     if "LOCAL_RANK" not in os.environ:
         yield None, torch.device(device_type)
         return

@@ -1,4 +1,4 @@
-"""What a causal language model's loss needs to know: which label belongs to which position, and what its head does."""
+"""The targets of a causal language model's positions, and the function by which its head computes logits."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from mixce_kernels.integrations.output_embeddings import output_embeddings, weig
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Where configurations keep a factor or a cap of the logits: `logit_scale`, `logits_scaling`, `lm_head_multiplier`,
-# `final_logit_softcapping`, ... What a value means is not read off its name but tried.
+# Names under which configurations keep a factor or a cap of the logits: `logit_scale`, `logits_scaling`,
+# `lm_head_multiplier`, `final_logit_softcapping`, ... A trial finds the meaning of a value; its name does not tell.
 LOGIT_OPTIONS = re.compile("logit|soft_?cap|multiplier")
 # The largest logit of the trial: far above every cap in use, so that a cap shows in every dtype.
 LARGEST_LOGIT = 200.0
@@ -37,7 +37,7 @@ def next_token_targets(
 
     The labels are shifted, not the values: a slice of these would cost a copy or a gradient of their own size. Labels
     that are shifted already, as Transformers passes them where sequences are split over devices, are `shift_labels`.
-    Both shifted already are told by their strides; copies of such slices cannot be told from what was never shifted.
+    Views that are both shifted already are recognised by their strides; copies of such slices cannot be recognised.
 
     Raises:
         TypeError: there are no labels, or they are no tensor of int64 or int32.
@@ -149,7 +149,7 @@ class CausalLMHead(NamedTuple):
 
 
 class _Trial(NamedTuple):
-    """What a model made of the hidden states that its backbone seemed to return."""
+    """The logits of a model for made-up hidden states, which took the place of its backbone's output."""
 
     backbone: str
     hidden: Tensor  # [1, 2, D], as its head got them
@@ -196,7 +196,7 @@ class _Trial(NamedTuple):
 
 
 def _factor(states: Tensor, scaled: Tensor, eps: float) -> float | None:
-    """The number that `scaled` is a multiple of `states` by, to a rounding; None where there is none."""
+    """The number f for which scaled = f * states, to a rounding; None where there is none."""
     if torch.equal(states, scaled):
         return 1.0
     factor = (states * scaled).sum() / states.square().sum()
@@ -227,7 +227,7 @@ def _named(module: nn.Module) -> set[str]:
 
 
 def without_cache(module: nn.Module) -> dict[str, bool]:
-    """What keeps a module from caching keys and values for a generation; older ones do not know of it."""
+    """The keyword that keeps a module from caching keys and values for a generation, where it takes that keyword."""
     return {"use_cache": False} if "use_cache" in _named(module) else {}
 
 

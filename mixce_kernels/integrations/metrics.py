@@ -1,4 +1,4 @@
-"""`TokenMetrics`: what came with the loss, averaged over tokens, for a trainer's log."""
+"""`TokenMetrics`: the statistics that come with the loss, averaged over tokens, for a trainer's log."""
 
 from __future__ import annotations
 

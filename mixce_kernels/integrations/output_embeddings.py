@@ -1,4 +1,4 @@
-"""The layer that makes logits of a model's last hidden states. The loss reads its weight and does not call it."""
+"""The layer that computes logits from a model's last hidden states. The loss reads its weight and does not call it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 REMEDY = "MixCEForCausalLMLoss takes the model's logits"
-# What calling a module runs besides its forward.
+# Attributes of a module with functions that a call runs besides its forward.
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-# Where TRL's hooks on a head are from. They turn off the offloading of activations while the head runs, so a head that
-# is not called does not need them.
+# The module that defines TRL's hooks on a head. They turn off the offloading of activations while the head runs, so a
+# head that is not called does not need them.
 IDLE_HOOKS = "trl.models.activation_offloading"
 
 

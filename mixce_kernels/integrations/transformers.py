@@ -35,7 +35,7 @@ transformers = require("transformers", OLDEST_TRANSFORMERS, BELOW_TRANSFORMERS)
 # The losses are no nn.Modules: assigned to `model.loss_function`, one would become a submodule of that name, and the
 # property of that name would still give the model's own loss.
 class _CausalLMLoss:
-    """What both losses keep over a training run."""
+    """The state that both losses keep over a training run."""
 
     def __init__(self, checked: MixCELoss | LinearMixCELoss, metrics: TokenMetrics | None) -> None:
         if not isinstance(metrics, (TokenMetrics, type(None))):

@@ -1,4 +1,4 @@
-"""Which versions of other packages an integration supports."""
+"""The check that another package is installed in a version that an integration supports."""
 
 from __future__ import annotations
 

@@ -34,6 +34,45 @@ def test_every_page_and_block_has_a_step() -> None:
         assert set(fences[1::2]) <= {""}, name
 
 
+def test_readme_is_short() -> None:
+    lines = text_of("README.md").splitlines()
+    assert len(lines) <= 180
+    assert not [line for line in lines if len(line) > 120]
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)\)", text_of("README.md"))
+    assert links
+    assert not [link for link in links if not (ROOT / link).is_file()]
+
+
+def test_contributing_names_files_that_exist() -> None:
+    """Code spans with a slash or a suffix: `{a,b}.py` is two files, and a bare name may be one of the results."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    spans = re.findall(r"`([\w./{},*-]+)`", text)
+    paths = [span for span in spans if "/" in span or re.search(r"\.(py|h|cpp|cuh?|csv|md|png|toml)$", span)]
+    assert len(paths) > 50
+    missing = []
+    for path in paths:
+        braces = re.fullmatch(r"(.*)\{(.*)\}(.*)", path)
+        names = [f"{braces[1]}{name}{braces[3]}" for name in braces[2].split(",")] if braces else [path]
+        folders = (ROOT, ROOT / "benchmarks" / "results") if "/" not in path else (ROOT,)
+        missing += [name for name in names if not any(list(folder.glob(name.rstrip("/"))) for folder in folders)]
+    assert not missing
+
+
+def test_pre_commit_runs_the_commands_of_make_lint() -> None:
+    yaml = pytest.importorskip("yaml", reason="mkdocs, of the extra 'docs', brings it")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipe = re.search(r"^lint: .*\n((?:\t.*\n)+)", makefile, re.MULTILINE)[1]
+    commands = [line.strip().partition(" $$(find")[0] for line in recipe.splitlines()]
+    (repository,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert repository["repo"] == "local"
+    entries = [hook["entry"].replace(".venv/bin/", "$(BIN)/") for hook in repository["hooks"]]
+    assert entries == commands
+    assert {hook["language"] for hook in repository["hooks"]} == {"system"}
+
+
 @pytest.mark.parametrize(
     ("name", "index"),
     [

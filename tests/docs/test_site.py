@@ -42,6 +42,9 @@ def test_site_builds(tmp_path: Path) -> None:
         loaded = re.findall(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"?(?:https?:)?//", html)
         loaded += re.findall(r"<link[^>]*rel=\"?(?:stylesheet|preconnect|preload|icon)[^>]*(?:https?:)?//", html)
         assert not loaded, page.name
+        images = re.findall(r"<img[^>]*\ssrc=\"?([^\s\">]+)", html)
+        assert len(images) == len(re.findall(r"^!\[", page.read_text(encoding="utf-8"), re.MULTILINE)), page.name
+        assert not [image for image in images if not (tmp_path / "site" / image).is_file()], page.name
     reference = (tmp_path / "site" / "reference.html").read_text(encoding="utf-8")
     for name in mixce_kernels.__all__:
         assert f'id="mixce_kernels.{name}"' in reference, name
@@ -52,7 +55,7 @@ def test_site_does_not_build_with_a_broken_link(tmp_path: Path) -> None:
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("[there](nowhere.md), [here](index.md#nowhere)\n", encoding="utf-8")
     configuration = tmp_path / "mkdocs.yml"
-    lines = [f"INHERIT: {ROOT / 'mkdocs.yml'}", "docs_dir: docs", "nav: [index.md]", "plugins: [search]"]
+    lines = [f"INHERIT: {ROOT / 'mkdocs.yml'}", "docs_dir: docs", "hooks: []", "nav: [index.md]", "plugins: [search]"]
     configuration.write_text("\n".join(lines) + "\n", encoding="utf-8")
     built = build_site(configuration, tmp_path / "site")
     assert built.returncode != 0

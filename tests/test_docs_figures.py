@@ -1,0 +1,153 @@
+"""The tables of README.md and docs/results.md hold the figures of the CSVs in benchmarks/results."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import re
+import statistics
+from collections.abc import Iterator
+
+import pytest
+from doc_blocks import ROOT, text_of
+
+Row = dict[str, str]
+
+# The names of contenders in the tables, and in the CSVs.
+LOGITS = {
+    "`fused_mixce_loss`": "fused-cpu",
+    "eager": "eager",
+    "`torch.compile`": "torch.compile",
+    "`F.cross_entropy` (eta = 1 alone)": "F.cross_entropy",
+}
+HIDDEN = {
+    "`fused_linear_mixce_loss`": "fused-linear",
+    "three matrix products": "three-matmuls",
+    "eager, all logits": "eager",
+    "`F.linear` and `fused_mixce_loss` in place": "fused-materialised",
+    "`torch.compile`, all logits": "torch.compile",
+    "`F.linear_cross_entropy`, chunked (eta = 1 alone)": "F.linear_cross_entropy",
+}
+PROCESSES = {
+    "`vocab_parallel_mixce_loss`": "vocab-parallel-ce",
+    "PyTorch's `loss_parallel`": "loss_parallel",
+    "three all-reduces, as in Megatron-LM": "three-all-reduces",
+}
+SAMPLES = {
+    "held-out perplexity": "perplexity",
+    "perplexity of own samples": "own_perplexity",
+    "distinct 2-grams": "distinct_2",
+    "repeated 2-grams": "repetition_2",
+    "distinct 4-grams": "distinct_4",
+}
+
+
+def rows_of(name: str, **wanted: str) -> list[Row]:
+    """The lines of a CSV that have these values; at least one."""
+    with (ROOT / "benchmarks" / "results" / f"{name}.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if all(row[key] == value for key, value in wanted.items())]
+    assert rows, (name, wanted)
+    return rows
+
+
+def figure(name: str, column: str, **wanted: str) -> float:
+    """The one value of a column among the lines that have one."""
+    (value,) = {row[column] for row in rows_of(name, **wanted) if row[column]}
+    return float(value)
+
+
+def table_of(page: str, heading: str) -> list[list[str]]:
+    """The cells of the first table with figures under a heading, without its line of dashes."""
+    _, found, text = text_of(page).partition(f"\n## {heading}\n")
+    assert found, (page, heading)
+    tables = re.findall(r"(?:^\|.*\n)+", text.partition("\n## ")[0], re.MULTILINE)
+    table = next(table for table in tables if "---:" in table)
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return [line for line in lines if not line[0].startswith("---")]
+
+
+def sections(table: list[list[str]]) -> Iterator[tuple[Row, list[list[str]]]]:
+    """The parts of a table below a line such as **float32, 1024 x 50257**, and what that says."""
+    for is_title, lines in itertools.groupby(table[1:], lambda line: line[0].startswith("**")):
+        if is_title:
+            (title,) = lines
+            dtype, rows, vocab = re.fullmatch(r"\*\*(\w+), (\d+) x (\d+)\*\*", title[0]).groups()
+            size = {"dtype": dtype, "rows": rows, "vocab": vocab}
+            if title[-1]:
+                yield size, [title]
+        else:
+            yield size, list(lines)
+
+
+def assert_rounded(text: str, value: float) -> None:
+    """Fails unless the text is the value, rounded to the digits that the text has."""
+    digits, _, exponent = text.removesuffix(" MB").partition("e")
+    unit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
+    assert abs(float(text.removesuffix(" MB")) - value) <= 0.5001 * unit, (text, value)
+
+
+@pytest.mark.parametrize(("page", "heading", "sizes"), [("README.md", "Results", 2), ("results.md", "Logits", 3)])
+def test_logits(page: str, heading: str, sizes: int) -> None:
+    table = table_of(page, heading)
+    modes = ("forward", "both", "inplace", "grad_in_forward_inplace")
+    seen = 0
+    for size, lines in sections(table):
+        for name, *cells, copy in lines:
+            setting = {**size, "threads": "2", "allocator": "warm"}
+            if name.startswith("**"):
+                assert_rounded(copy, figure("bench", "median_ms", **setting, contender="copy"))
+                seen += 1
+                continue
+            assert cells[1]
+            for mode, cell in zip(modes, cells, strict=True):
+                if cell:
+                    assert_rounded(cell, figure("bench", "median_ms", **setting, contender=LOGITS[name], mode=mode))
+    assert seen == sizes
+
+
+def test_hidden_states() -> None:
+    lines = table_of("results.md", "Hidden states")[1:]
+    assert [line[0] for line in lines] == list(HIDDEN)
+    for name, *cells in lines:
+        for (rows, vocab), part in (("2048", "50257"), cells[:3]), (("1024", "128256"), cells[3:]):
+            wanted = {"rows": rows, "vocab": vocab, "hidden_size": "768", "contender": HIDDEN[name], "mode": "both"}
+            for allocator, cell in zip(("default", "warm"), part[:2], strict=True):
+                if cell:
+                    assert_rounded(cell, figure("linear", "median_ms", **wanted, allocator=allocator) / 1e3)
+            assert_rounded(part[2], figure("linear", "peak_bytes", **wanted, allocator="peaks") / 1e6)
+
+
+def test_several_processes() -> None:
+    seen = 0
+    for size, lines in sections(table_of("results.md", "Several processes")):
+        for name, *times, collectives, sent, peak in lines:
+            wanted = {**size, "ranks": "2", "contender": PROCESSES[name]}
+            for mode, cell in zip(("forward", "backward", "both"), times, strict=True):
+                assert_rounded(cell, figure("parallel", "median_ms", **wanted, mode=mode))
+            assert_rounded(collectives, figure("parallel", "collectives", **wanted, mode="forward"))
+            assert_rounded(sent, figure("parallel", "sent_per_token", **wanted, mode="forward"))
+            assert_rounded(peak, figure("parallel", "peak_bytes", **wanted, mode="both") / 1e6)
+            seen += 1
+    assert seen == 2 * len(PROCESSES)
+
+
+def test_synthetic_experiment() -> None:
+    lines = table_of("results.md", "The paper's synthetic experiment")[1:]
+    assert len(lines) == 6
+    for eta, *cells in lines:
+        columns = itertools.product(("20", "50"), ("avg_js", "avg_0s"))
+        for (vocab, column), cell in zip(columns, cells, strict=True):
+            values = [float(row[column]) for row in rows_of("paper_synthetic", vocab=vocab, eta=eta)]
+            assert len(values) == 5
+            assert_rounded(cell, statistics.mean(values))
+
+
+def test_samples() -> None:
+    titles, *lines = table_of("results.md", "Smaller eta on real text")
+    assert [line[0] for line in lines] == list(SAMPLES)
+    etas = ["", *(title.removeprefix("eta = ") for title in titles[2:])]
+    for name, *cells in lines:
+        for eta, cell in zip(etas, cells, strict=True):
+            if cell:
+                values = [float(row[SAMPLES[name]]) for row in rows_of("compare_eta", eta=eta)]
+                assert_rounded(cell, statistics.mean(values))
