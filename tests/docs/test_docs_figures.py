@@ -9,7 +9,8 @@ import statistics
 from collections.abc import Iterator
 
 import pytest
-from doc_blocks import ROOT, text_of
+from support.docs.blocks import text_of
+from support.paths import ROOT
 
 Row = dict[str, str]
 
