@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Iterator
 
 import pytest
+
 from support.docs.blocks import text_of
 from support.paths import ROOT
 
