@@ -34,6 +34,11 @@ class TokenOptions(NamedTuple):
     softcap: float | None = None
     logit_scale: float = 1.0
 
+    @property
+    def moves_sure_tokens(self) -> bool:
+        """Whether a token has a gradient where the model is sure of its target: from smoothing or z-loss."""
+        return self.label_smoothing > 0 or self.z_loss > 0
+
 
 class LossOptions(NamedTuple):
     """The options of a loss as they were given: see `fused_mixce_loss`, whose keywords they are, for each."""

@@ -66,6 +66,6 @@ class MixCEStats(NamedTuple):
 
     @classmethod
     def of(cls, stats: Tensor, correct: Tensor) -> MixCEStats:
-        """From the stacked statistics [5, ...] in the order of the attributes, and `correct` [...]."""
+        """From the stacked statistics [STATS_WIDTH, ...] in the order of the attributes, and `correct` [...]."""
         nll, q, weight, lse, entropy = stats.unbind()
         return cls(nll, q, weight, lse, entropy, correct)

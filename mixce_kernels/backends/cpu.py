@@ -63,7 +63,7 @@ def forward(
 def logits_grad(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
-    state: Tensor,  # [5, ...]
+    state: Tensor,  # [STATE_WIDTH, ...]
     grad_loss: Tensor,  # [...]
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]

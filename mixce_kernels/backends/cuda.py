@@ -16,9 +16,7 @@ from mixce_kernels.backends.cuda_launch import (
     forward_launch,
     rows_launch,
 )
-from mixce_kernels.backends.devices import device_index as _index
-from mixce_kernels.backends.devices import on_device as _on_device
-from mixce_kernels.backends.devices import unsuited_to_cuda
+from mixce_kernels.backends.devices import device_index, on_device, unsuited_to_cuda
 from mixce_kernels.backends.layout import aligned_alike, flat, reachable_layout
 from mixce_kernels.backends.results import Results
 from mixce_kernels.options import TokenOptions, accumulate_dtype
@@ -40,7 +38,7 @@ def unavailable(logits: Tensor) -> str | None:
         return native.MISSING
     if not native.HAS_CUDA:
         return "the native extension was built without CUDA; reinstall mixce_kernels where nvcc is found"
-    reason = unsuited_to_cuda(logits, "the logits") or _device_unsuited(_index(logits))
+    reason = unsuited_to_cuda(logits, "the logits") or _device_unsuited(device_index(logits))
     if reason is not None:
         return reason
     n_rows, vocab_size = logits.shape[:-1].numel(), logits.shape[-1]
@@ -67,7 +65,7 @@ def forward(
         layout.number,
         logits.shape[-1] * logits.element_size(),
         state_bytes,
-        _device(_index(logits)),
+        _device(device_index(logits)),
         with_grad=grad_logits is not None,
         aligned_alike=grad_logits is not None
         and aligned_alike(logits, layout, grad_logits, reachable_layout(grad_logits), VECTOR_BYTES),
@@ -86,7 +84,7 @@ def forward(
     if launch.n_partials > 0:
         size = launch.n_partials * _C.cuda_partial_bytes(dtype)
         partials = torch.empty(size, dtype=torch.uint8, device=logits.device)
-    with _on_device(logits):
+    with on_device(logits):
         _C.cuda_forward(rows, forward_params, _launch(logits, launch.rows, state_bytes, partials))
     if launch.grad_apart:
         assert grad_loss is not None
@@ -97,7 +95,7 @@ def forward(
 def logits_grad(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
-    state: Tensor,  # [5, ...]
+    state: Tensor,  # [STATE_WIDTH, ...]
     grad_loss: Tensor,  # [...]
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
@@ -114,7 +112,7 @@ def logits_grad(
         grad_loss_stride=grad_loss_stride,
         grad_logits=grad_logits,
     )
-    with _on_device(logits):
+    with on_device(logits):
         _C.cuda_logits_grad(rows, _split_launch(logits))
 
 
@@ -130,7 +128,7 @@ def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
         grad_loss_stride=grad_loss_stride,
         grad_logits=grad_logits,
     )
-    with _on_device(grad_logits):
+    with on_device(grad_logits):
         _C.cuda_scale_rows(rows, _split_launch(grad_logits))
 
 
@@ -157,13 +155,13 @@ def _device(index: int) -> Device:
 
 def _split_launch(logits: Tensor) -> _C.CudaLaunch:
     row_bytes = logits.shape[-1] * logits.element_size()
-    launch = rows_launch(reachable_layout(logits).number, row_bytes, _device(_index(logits)))
+    launch = rows_launch(reachable_layout(logits).number, row_bytes, _device(device_index(logits)))
     return _launch(logits, launch, _C.cuda_state_bytes(native.DTYPES[logits.dtype]))
 
 
 def _launch(logits: Tensor, launch: RowLaunch, state_bytes: int, partials: Tensor | None = None) -> _C.CudaLaunch:
     return _C.cuda_launch(
-        device=_index(logits),
+        device=device_index(logits),
         stream=torch.cuda.current_stream(logits.device).cuda_stream if logits.is_cuda else 0,
         parts=launch.parts,
         shared_bytes=state_bytes + launch.held_bytes,

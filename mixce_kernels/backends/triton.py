@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mixce_kernels.backends.devices import WARP_SIZE, on_device, triton_arch, unsuited_to_triton
+from mixce_kernels.backends.devices import on_device, triton_arch, unsuited_to_triton
 from mixce_kernels.backends.layout import RowLayout, aligned_alike, flat, reachable_layout
 from mixce_kernels.backends.results import Results
-from mixce_kernels.backends.triton_launch import (
-    VECTOR_BYTES,
-    gradient_arguments,
-    kernels,
-    layout_arguments,
-    loss_arguments,
-    no_kernels,
-    row_config,
-    statistics_arguments,
-    tile_config,
-)
+from mixce_kernels.backends.triton_arguments import forward_launch, logits_grad_launch, no_kernels, scale_rows_launch
+from mixce_kernels.backends.triton_launch import VECTOR_BYTES
 from mixce_kernels.options import TokenOptions
 
 checks_targets = False
@@ -42,20 +33,22 @@ def forward(
     rows = reachable_layout(logits)
     if rows.number == 0:
         return
-    loss, vocab_size = results.loss, logits.shape[-1]
-    has_grad = grad_logits is not None and grad_loss is not None
+    loss, has_grad = results.loss, grad_logits is not None
     grad_logits, grad_rows, same_window = _grad_layout(logits, rows, grad_logits)
     eta_entries, eta_stride = (loss, 0) if eta is None else flat(eta)
     grad_loss, grad_loss_stride = (loss, 0) if grad_loss is None else flat(grad_loss)
-    arguments = statistics_arguments(options, results.with_stats) | gradient_arguments(options)
     with on_device(logits):
-        may_hold = has_grad and same_window
-        arch = triton_arch() if may_hold else 0
-        with_options = arguments["CAP"] or arguments["SMOOTH"]
-        config = row_config(
-            vocab_size, logits.element_size(), may_hold, results.with_stats, with_options, WARP_SIZE, arch
+        launch, partials = forward_launch(
+            rows,
+            grad_rows if has_grad else None,
+            logits.shape[-1],
+            logits.element_size(),
+            options,
+            with_stats=results.with_stats,
+            same_window=same_window,
+            arch=triton_arch() if has_grad else 0,
         )
-        kernels("forward").forward_kernel[(rows.number,)](
+        launch(
             logits_ptr=logits,
             targets_ptr=targets.contiguous(),
             eta_ptr=eta_entries,
@@ -65,22 +58,11 @@ def forward(
             correct_ptr=results.correct,
             grad_loss_ptr=grad_loss,
             grad_ptr=grad_logits,
-            partial_ptr=loss.new_empty((rows.number, 6, config.n_ctas)) if config.n_ctas > 1 else loss,
-            n_rows=rows.number,
-            vocab_size=vocab_size,
-            **layout_arguments(rows),
-            **layout_arguments(grad_rows, "grad_"),
+            partial_ptr=loss.new_empty(partials) if partials > 0 else loss,
             eta_stride=eta_stride,
             grad_loss_stride=grad_loss_stride,
-            ignore_index=options.ignore_index,
             eta_value=eta_value,
-            **arguments,
-            **loss_arguments(options),
             HAS_ETA=eta is not None,
-            HAS_GRAD=has_grad,
-            SAME_WINDOW=same_window,
-            PTX=arch > 0,
-            **config.arguments(),
         )
 
 
@@ -98,26 +80,17 @@ def logits_grad(
         return
     grad_logits, grad_rows, same_window = _grad_layout(logits, rows, grad_logits)
     grad_loss, grad_loss_stride = flat(grad_loss)
-    vocab_size = logits.shape[-1]
-    arguments = gradient_arguments(options)
-    config = tile_config(rows.number, vocab_size, logits.element_size(), arguments["CAP"], WARP_SIZE)
+    launch = logits_grad_launch(
+        rows, grad_rows, logits.shape[-1], logits.element_size(), options, same_window=same_window
+    )
     with on_device(logits):
-        kernels("gradient").logits_grad_kernel[(rows.number * config.n_tiles,)](
+        launch(
             logits_ptr=logits,
             targets_ptr=targets.contiguous(),
             state_ptr=state.contiguous(),
             grad_loss_ptr=grad_loss,
             grad_ptr=grad_logits,
-            n_rows=rows.number,
-            vocab_size=vocab_size,
-            **layout_arguments(rows),
-            **layout_arguments(grad_rows, "grad_"),
             grad_loss_stride=grad_loss_stride,
-            ignore_index=options.ignore_index,
-            **arguments,
-            SAME_WINDOW=same_window,
-            STACK=config.stack,
-            **config.arguments(),
         )
 
 
@@ -127,17 +100,9 @@ def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
     if rows.number == 0:
         return
     grad_loss, grad_loss_stride = flat(grad_loss)
-    vocab_size = grad_logits.shape[-1]
-    config = tile_config(rows.number, vocab_size, grad_logits.element_size(), warp_size=WARP_SIZE)
     with on_device(grad_logits):
-        kernels("gradient").scale_rows_kernel[(rows.number * config.n_tiles,)](
-            grad_ptr=grad_logits,
-            grad_loss_ptr=grad_loss,
-            vocab_size=vocab_size,
-            **layout_arguments(rows),
-            grad_loss_stride=grad_loss_stride,
-            **config.arguments(),
-        )
+        launch = scale_rows_launch(rows, grad_logits.shape[-1], grad_logits.element_size())
+        launch(grad_ptr=grad_logits, grad_loss_ptr=grad_loss, grad_loss_stride=grad_loss_stride)
 
 
 def _grad_layout(logits: Tensor, rows: RowLayout, grad_logits: Tensor | None) -> tuple[Tensor, RowLayout, bool]:

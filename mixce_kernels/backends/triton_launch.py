@@ -1,24 +1,13 @@
-"""Launches of the Triton kernels: their configurations, the only place where a tile is chosen, and their arguments.
+"""Launch configurations of the Triton kernels: pure functions of a call's sizes, and the only place for a tile.
 
-Both are pure functions of a call's sizes and options. Arguments have the names of the kernels' parameters.
+Arguments have the names of the kernels' parameters.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import math
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
-import torch
-
-from mixce_kernels.backends.layout import RowLayout
-from mixce_kernels.options import TokenOptions
-
-# Columns are counted in 31 bits, a block of them past a row's end included.
-_MAX_VOCAB_SIZE = 2**30
 # The widest access there is: the fewest instructions a byte.
 VECTOR_BYTES = 16
 # Programs of a cluster: more of them are not portable.
@@ -45,8 +34,6 @@ _MAX_HELD_WITH_OPTIONS = 4
 _TILE_PROGRAMS = 256
 # Registers per thread: the hardware's maximum. With this limit ptxas does not spill to raise occupancy.
 _MAX_REGISTERS = 255
-# Configurations that are kept for later calls: computing one takes the host 2 us, a whole launch some 20.
-_KEPT = 256
 
 
 @dataclass(frozen=True)
@@ -115,7 +102,6 @@ class TileConfig:
         }
 
 
-@functools.lru_cache(maxsize=_KEPT)
 def row_config(
     vocab_size: int,
     itemsize: int,
@@ -157,7 +143,6 @@ def row_config(
     return RowConfig(_STACK[itemsize], lanes, vector, num_warps, n_ctas, n_steps, rest, held, max_registers)
 
 
-@functools.lru_cache(maxsize=_KEPT)
 def tile_config(
     n_rows: int, vocab_size: int, itemsize: int, with_softcap: bool = False, warp_size: int = 32
 ) -> TileConfig:
@@ -176,66 +161,9 @@ def tile_config(
     return TileConfig(n_tiles, blocks_per_tile * stack, n_steps, rest, stack, lanes, vector, num_warps, max_registers)
 
 
-def no_kernels(vocab_size: int) -> str | None:
-    """The sentence why no kernel can take rows of so many logits; None where one can."""
-    if vocab_size > _MAX_VOCAB_SIZE:
-        return f"it takes at most {_MAX_VOCAB_SIZE} logits a row, and these are {vocab_size}"
-    return _import_problem()
-
-
-@torch.compiler.assume_constant_result
-def _import_problem() -> str | None:
-    """The reason why Triton is missing; a compiler, which cannot look into Triton, takes it as it is."""
-    try:
-        kernels("forward")
-    except ImportError as error:
-        return f"Triton cannot be imported ({error})"
-    return None
-
-
-@functools.cache
-def kernels(name: str) -> ModuleType:
-    """A file of `triton_kernels`, imported by the first call that needs it."""
-    return importlib.import_module(f"mixce_kernels.triton_kernels.{name}")
-
-
 def register_arguments(max_registers: int | None) -> dict[str, int]:
     """The argument of a launch that limits registers per thread."""
     return {} if max_registers is None else {"maxnreg": max_registers}
-
-
-def layout_arguments(rows: RowLayout, prefix: str = "") -> dict[str, int]:
-    """The arguments that say where rows lie; `prefix` is "grad_" for the gradient's beside those of logits."""
-    return {
-        f"{prefix}inner": rows.inner,
-        f"{prefix}outer_stride": rows.outer_stride,
-        f"{prefix}inner_stride": rows.inner_stride,
-    }
-
-
-def statistics_arguments(options: TokenOptions, with_stats: bool) -> dict[str, Any]:
-    """The arguments of pass 1 and the epilogue: how logits become exponents, and which sums there are."""
-    return _transform(options) | {"SMOOTH": options.label_smoothing > 0, "STATS": with_stats}
-
-
-def loss_arguments(options: TokenOptions) -> dict[str, float]:
-    """The arguments of the epilogue that only the loss of a token needs."""
-    return {"label_smoothing": options.label_smoothing, "z_loss": options.z_loss}
-
-
-def gradient_arguments(options: TokenOptions) -> dict[str, Any]:
-    """The arguments of pass 2: how logits become exponents, and the factor of the gradient that comes from it."""
-    return _transform(options) | {"logit_scale": options.logit_scale}
-
-
-def _transform(options: TokenOptions) -> dict[str, Any]:
-    """The scale of differences of (capped) logits, the cap, the scale inside of tanh, and whether there is a cap.
-
-    Without a softcap the scale is applied to differences, which keeps the digits of logits near 1e5.
-    """
-    if options.softcap is None:
-        return {"diff_scale": options.logit_scale, "cap": math.inf, "tanh_scale": 0.0, "CAP": False}
-    return {"diff_scale": 1.0, "cap": options.softcap, "tanh_scale": options.logit_scale / options.softcap, "CAP": True}
 
 
 def _steps(vocab_size: int, step: int, vector: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mixce_kernels import backends, reference
 from mixce_kernels.autocast import autocast_dtype
+from mixce_kernels.backends.results import STATS_WIDTH
 from mixce_kernels.checks import check_linear_tensors, check_values
 from mixce_kernels.linear import autograd, tiles
 from mixce_kernels.linear.chunks import LinearCall
@@ -117,4 +118,4 @@ def fused_loss(
     loss = loss.to(accumulate_dtype(found.compute_dtype))
     if not options.return_stats:
         return loss
-    return loss, MixCEStats.of(stats.reshape(-1, *targets.shape), correct.reshape(targets.shape))
+    return loss, MixCEStats.of(stats.reshape(STATS_WIDTH, *targets.shape), correct.reshape(targets.shape))

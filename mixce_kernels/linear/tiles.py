@@ -10,14 +10,14 @@ from torch import Tensor
 
 from mixce_kernels.backends.devices import multiprocessors, on_device, triton_arch, unsuited_to_triton
 from mixce_kernels.backends.layout import flat
-from mixce_kernels.backends.triton_launch import (
-    VECTOR_BYTES,
+from mixce_kernels.backends.triton_arguments import (
     gradient_arguments,
     kernels,
     loss_arguments,
     no_kernels,
     statistics_arguments,
 )
+from mixce_kernels.backends.triton_launch import VECTOR_BYTES
 from mixce_kernels.linear.tiles_launch import depth_arguments, forward_config, grad_config
 from mixce_kernels.options import TokenOptions
 
@@ -202,7 +202,7 @@ def _valid_first(targets: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
 def _scale(state: Tensor, grad_loss: Tensor, options: TokenOptions) -> Tensor:
     """A power of two [1] that brings the largest gradient of a logit just below 2^14, far above float16's underflow."""
     largest = state[2:].abs().amax(0)
-    if options.label_smoothing == options.z_loss == 0:
+    if not options.moves_sure_tokens:
         # All of a row's gradients are at most |t| then, which is small where the row is sure of its target. The scaled
         # a must remain finite.
         largest = torch.maximum(state[4].abs(), state[2].abs() * 2.0**-64)

@@ -149,7 +149,7 @@ class ShardBackend:
         self,
         logits: Tensor,  # [..., columns]
         targets: Tensor,  # [...], of the whole vocabulary
-        state: Tensor,  # [5, ...], of the whole rows
+        state: Tensor,  # [STATE_WIDTH, ...], of the whole rows
         grad_loss: Tensor,  # [...], the same on every rank
         options: TokenOptions,
         grad_logits: Tensor,  # [..., columns]

@@ -33,12 +33,12 @@ def forward_kernel(
     targets_ptr,  # [N]
     eta_ptr,  # [N], where HAS_ETA
     loss_ptr,  # [N]
-    state_ptr,  # [5, N]
-    stats_ptr,  # [5, N], where STATS
+    state_ptr,  # [STATE_WIDTH, N]
+    stats_ptr,  # [STATS_WIDTH, N], where STATS
     correct_ptr,  # [N], where STATS
     grad_loss_ptr,  # [N], where HAS_GRAD
     grad_ptr,  # [N, V] as rows, where HAS_GRAD
-    partial_ptr,  # [N, 6, CTAS], where CTAS > 1
+    partial_ptr,  # [N, PARTIALS, CTAS], where CTAS > 1
     n_rows: tl.int64,
     vocab_size: tl.int32,
     n_steps: tl.int32,
@@ -127,7 +127,7 @@ def forward_kernel(
     lanes = add_rest(lanes, x_rest, rest, in_rest, target_column, x_target, transform, SMOOTH, CAP, STATS)
     lanes = merge_lanes(lanes, transform[0], SMOOTH, STATS)
     if CTAS > 1:
-        lanes = exchange(lanes, partial_ptr + row * (6 * CTAS), CTAS, LANES, SMOOTH, STATS)
+        lanes = exchange(lanes, partial_ptr, row, CTAS, LANES, SMOOTH, STATS)
         lanes = merge_lanes(lanes, transform[0], SMOOTH, STATS)
 
     # Epilogue.

@@ -22,7 +22,7 @@ def broadcast(values, i: tl.constexpr):
 def logits_grad_kernel(
     logits_ptr,  # [N, V] as rows
     targets_ptr,  # [N]
-    state_ptr,  # [5, N]
+    state_ptr,  # [STATE_WIDTH, N]
     grad_loss_ptr,  # [N]
     grad_ptr,  # [N, V] as rows
     n_rows: tl.int64,

@@ -11,8 +11,9 @@ from mixce_kernels.triton_kernels.linear_tiles import logits_tile, rows_at
 from mixce_kernels.triton_kernels.mixce_math import capped, finite, raise_maximum, transform_of
 from mixce_kernels.triton_kernels.row_stats import sum_of_lanes
 
-# Numbers that a split leaves of a row: m, sum_exp, x_target; where SMOOTH sum_shifted; where STATS sum_exp_shifted, the
-# largest logit, and whether the target is the first such.
+# Numbers that a split leaves of a row after m; where SMOOTH the third, where STATS the others: the largest logit, and
+# whether the target is the first such.
+SUM_EXP, X_TARGET, SUM_SHIFTED, SUM_EXP_SHIFTED, BEST, HIT = (tl.constexpr(i) for i in range(1, 7))
 PARTIALS = tl.constexpr(7)
 
 
@@ -117,14 +118,14 @@ def linear_forward_kernel(
     position = block * BLOCK_N + tl.arange(0, BLOCK_N)
     partial_ptr += split * PARTIALS * n_rows + position
     tl.store(partial_ptr, lanes[0], mask=in_rows)
-    tl.store(partial_ptr + n_rows, lanes[1], mask=in_rows)
-    tl.store(partial_ptr + 2 * n_rows, x_target, mask=in_rows)
+    tl.store(partial_ptr + SUM_EXP * n_rows, lanes[1], mask=in_rows)
+    tl.store(partial_ptr + X_TARGET * n_rows, x_target, mask=in_rows)
     if SMOOTH:
-        tl.store(partial_ptr + 3 * n_rows, lanes[2], mask=in_rows)
+        tl.store(partial_ptr + SUM_SHIFTED * n_rows, lanes[2], mask=in_rows)
     if STATS:
-        tl.store(partial_ptr + 4 * n_rows, lanes[3], mask=in_rows)
-        tl.store(partial_ptr + 5 * n_rows, best, mask=in_rows)
-        tl.store(partial_ptr + 6 * n_rows, hit.to(real), mask=in_rows)
+        tl.store(partial_ptr + SUM_EXP_SHIFTED * n_rows, lanes[3], mask=in_rows)
+        tl.store(partial_ptr + BEST * n_rows, best, mask=in_rows)
+        tl.store(partial_ptr + HIT * n_rows, hit.to(real), mask=in_rows)
 
 
 @kernel
@@ -135,8 +136,8 @@ def linear_merge_kernel(
     n_valid_ptr,  # [1]
     eta_ptr,  # [N], where HAS_ETA
     loss_ptr,  # [N]
-    state_ptr,  # [5, N]
-    stats_ptr,  # [5, N], where STATS
+    state_ptr,  # [STATE_WIDTH, N]
+    stats_ptr,  # [STATS_WIDTH, N], where STATS
     correct_ptr,  # [N], where STATS
     n_rows: tl.int64,
     vocab_size: tl.int32,
@@ -170,15 +171,15 @@ def linear_merge_kernel(
     partial_ptr += split * (PARTIALS * n_rows) + position[None, :]
     filled = (split < n_splits) & valid[None, :]
     m_split = tl.load(partial_ptr, mask=filled, other=float("-inf"))
-    sum_exp = tl.load(partial_ptr + n_rows, mask=filled, other=0.0)
-    x_target = tl.sum(tl.load(partial_ptr + 2 * n_rows, mask=filled, other=0.0), axis=0)
+    sum_exp = tl.load(partial_ptr + SUM_EXP * n_rows, mask=filled, other=0.0)
+    x_target = tl.sum(tl.load(partial_ptr + X_TARGET * n_rows, mask=filled, other=0.0), axis=0)
     sum_shifted, sum_exp_shifted, count = sum_exp, sum_exp, sum_exp
     if SMOOTH:
-        sum_shifted = tl.load(partial_ptr + 3 * n_rows, mask=filled, other=0.0)
+        sum_shifted = tl.load(partial_ptr + SUM_SHIFTED * n_rows, mask=filled, other=0.0)
         size = tl.minimum(vocab_size - split * split_size, split_size)
         count = tl.where(filled, size, 0).to(real)
     if STATS:
-        sum_exp_shifted = tl.load(partial_ptr + 4 * n_rows, mask=filled, other=0.0)
+        sum_exp_shifted = tl.load(partial_ptr + SUM_EXP_SHIFTED * n_rows, mask=filled, other=0.0)
     m = tl.max(m_split, axis=0)
     lanes = (m_split, sum_exp, sum_shifted, sum_exp_shifted, count, count)
     _, sum_exp, sum_shifted, sum_exp_shifted, count, _ = raise_maximum(lanes, m[None, :], transform[0], SMOOTH, STATS)
@@ -188,8 +189,8 @@ def linear_merge_kernel(
         sum_shifted = tl.sum(sum_shifted, axis=0)
     if STATS:
         sum_exp_shifted = tl.sum(sum_exp_shifted, axis=0)
-        best = tl.load(partial_ptr + 5 * n_rows, mask=filled, other=float("-inf"))
-        hit = tl.load(partial_ptr + 6 * n_rows, mask=filled, other=0.0)
+        best = tl.load(partial_ptr + BEST * n_rows, mask=filled, other=float("-inf"))
+        hit = tl.load(partial_ptr + HIT * n_rows, mask=filled, other=0.0)
         # The first of the splits that have the largest logit.
         first = tl.min(tl.where(best == tl.max(best, axis=0)[None, :], split, SPLITS), axis=0)
         beaten = 1.0 - tl.sum(tl.where(split == first[None, :], hit, 0.0), axis=0)

@@ -59,7 +59,7 @@ def linear_grad_logits_kernel(
     targets_ptr,  # [N]
     order_ptr,  # [N]
     n_valid_ptr,  # [1]
-    state_ptr,  # [5, N]
+    state_ptr,  # [STATE_WIDTH, N]
     grad_loss_ptr,  # [N]
     scale_ptr,  # [1], where SCALED
     scratch_ptr,  # [NP, SPAN], where PRODUCTS

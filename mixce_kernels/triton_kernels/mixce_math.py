@@ -14,10 +14,11 @@ Values that travel together are tuples:
 import triton
 import triton.language as tl
 
+from mixce_kernels.backends import results
+
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Numbers of a token's state (m, s, a, c, t) and of its statistics (nll, q, weight, lse, entropy).
-STATE_WIDTH = tl.constexpr(5)
-STATS_WIDTH = tl.constexpr(5)
+STATE_WIDTH = tl.constexpr(results.STATE_WIDTH)
+STATS_WIDTH = tl.constexpr(results.STATS_WIDTH)
 
 
 @triton.jit

@@ -16,6 +16,9 @@ import triton.language as tl
 
 from mixce_kernels.triton_kernels.mixce_math import capped, finite, raise_maximum
 
+# Statistics that a program of a cluster leaves for the others.
+PARTIALS = tl.constexpr(6)
+
 
 @triton.jit
 def empty_lanes(CTAS: tl.constexpr, LANES: tl.constexpr, dtype: tl.constexpr):
@@ -132,8 +135,11 @@ def merge_lanes(lanes, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
 
 
 @triton.jit
-def exchange(lanes, partial_ptr, CTAS: tl.constexpr, LANES: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr):
-    """Every program's statistics [CTAS, 1] as lanes [CTAS, LANES] of each, through memory."""
+def exchange(
+    lanes, partial_ptr, row, CTAS: tl.constexpr, LANES: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr
+):
+    """Every program's statistics [CTAS, 1] as lanes [CTAS, LANES] of each, through memory [N, PARTIALS, CTAS]."""
+    partial_ptr += row * (PARTIALS * CTAS)
     m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = lanes
     out = partial_ptr + tl.arange(0, CTAS)[:, None]
     tl.store(out, m)

@@ -1,11 +1,14 @@
-"""Launch configurations of the Triton kernels: pure functions, so no GPU is asked."""
+"""Launches of the Triton kernels: their configurations and the places of their arguments; no GPU is asked."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from mixce_kernels.backends.triton_arguments import Launch
 from mixce_kernels.backends.triton_launch import MAX_CTAS, VECTOR_BYTES, row_config, tile_config
 
 VOCAB_SIZES = (1, 7, 32, 1000, 4096, 4097, 16384, 16385, 32000, 50257, 128256, 256000, 1_000_000)
@@ -81,3 +84,40 @@ def test_configurations_are_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         row_config(50257, 2, False).stack = 1  # type: ignore[misc]
     assert row_config(50257, 2, False) == row_config(50257, 2, False)
+
+
+class PlainKernel:
+    """What a launch asks of a kernel: its function, and a launcher of each grid."""
+
+    def __init__(self) -> None:
+        self.launches: list[Any] = []
+
+    @staticmethod
+    def fn(x_ptr: object, n_rows: int, stride: int, flag: bool) -> None:
+        """Four parameters."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *values, **options: self.launches.append((grid, values, options))
+
+
+def test_arguments_by_name_arrive_in_their_places() -> None:
+    kernel = PlainKernel()
+    launch = Launch(kernel, (3,), {"stride": 7, "num_warps": 4, "flag": False})
+    launch(n_rows=2, x_ptr="x")
+    launch(x_ptr="y", n_rows=5)
+    assert kernel.launches == [((3,), (*values, 7, False), {"num_warps": 4}) for values in (("x", 2), ("y", 5))]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"x_ptr": "x"}, TypeError, r"expected the arguments \['x_ptr', 'n_rows'\], got \['x_ptr'\]"),
+        ({"x_ptr": "x", "n_rows": 1, "stride": 7}, KeyError, "stride"),
+        ({"x_ptr": "x", "rows": 1}, KeyError, "rows"),
+    ],
+)
+def test_arguments_that_a_launch_does_not_take(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
+    kernel = PlainKernel()
+    with pytest.raises(error, match=match):
+        Launch(kernel, (3,), {"stride": 7, "flag": True})(**arguments)
+    assert kernel.launches == []
