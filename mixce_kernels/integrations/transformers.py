@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import copy
-import functools
 import importlib
-import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +15,11 @@ from torch import Tensor
 
 from mixce_kernels.functional import linear_mixce_loss, mixce_loss
 from mixce_kernels.integrations.causal_lm import CausalLMHead, next_token_targets, without_cache
+from mixce_kernels.integrations.linear_model import class_with_linear_loss
 from mixce_kernels.integrations.metrics import TokenMetrics
 from mixce_kernels.integrations.output_embeddings import is_own_forward, output_embeddings, weight_and_bias
 from mixce_kernels.integrations.versions import require
-from mixce_kernels.modules import LinearMixCELoss, MixCELoss
-from mixce_kernels.options import LossOptions
+from mixce_kernels.options import LinearOptions, LossOptions, check_eta_number
 from mixce_kernels.parallel.shard import Sharding
 
 if TYPE_CHECKING:
@@ -37,11 +35,12 @@ transformers = require("transformers", OLDEST_TRANSFORMERS, BELOW_TRANSFORMERS)
 class _CausalLMLoss:
     """The state that both losses keep over a training run."""
 
-    def __init__(self, checked: MixCELoss | LinearMixCELoss, metrics: TokenMetrics | None) -> None:
+    def __init__(self, eta: float | Tensor, options: LossOptions, metrics: TokenMetrics | None) -> None:
+        options.for_tokens()
+        self.eta = eta if isinstance(eta, Tensor) else check_eta_number(eta)
         if not isinstance(metrics, (TokenMetrics, type(None))):
             raise TypeError(f"expected metrics to be a TokenMetrics or None, got {type(metrics).__name__}")
-        self.eta = checked.eta
-        self.options = checked.options._replace(return_stats=metrics is not None)
+        self.options = options._replace(return_stats=metrics is not None)
         self.metrics = metrics
 
     def _for_batch(
@@ -107,19 +106,12 @@ class MixCEForCausalLMLoss(_CausalLMLoss):
             TypeError: an option is not a number.
             ValueError: an option is outside its range.
         """
-        checked = MixCELoss(
-            eta,
-            ignore_index=ignore_index,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            softcap=softcap,
-            logit_scale=logit_scale,
-            inplace_backward=inplace_backward,
-            grad_in_forward=grad_in_forward,
-            validate=validate,
-            backend=backend,
-        )
-        super().__init__(checked, metrics)
+        options = LossOptions(
+            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            logit_scale=logit_scale, inplace_backward=inplace_backward, grad_in_forward=grad_in_forward,
+            validate=validate, backend=backend,
+        )  # fmt: skip
+        super().__init__(eta, options, metrics)
 
     def __call__(
         self,
@@ -172,32 +164,42 @@ class LinearMixCEForCausalLMLoss(_CausalLMLoss):
     """
 
     def __init__(
-        self, model: PreTrainedModel, eta: float | Tensor, metrics: TokenMetrics | None, options: Mapping[str, Any]
+        self,
+        model: PreTrainedModel,
+        eta: float | Tensor,
+        options: LossOptions,
+        linear: LinearOptions,
+        metrics: TokenMetrics | None,
     ) -> None:
-        """Takes the arguments of `with_linear_mixce_loss`, and raises as that does."""
+        """Takes the arguments of `with_linear_mixce_loss` in records, and raises as that does."""
         self.head = CausalLMHead.of(model)
         self.defaults = without_cache(model.get_submodule(self.head.backbone))
-        checked = LinearMixCELoss(eta, logit_scale=self.head.logit_scale, softcap=self.head.softcap, **options)
-        super().__init__(checked, metrics)
-        self.linear = checked.linear
+        linear.check(options.backend)
+        self.linear = linear
+        options = options._replace(logit_scale=self.head.logit_scale, softcap=self.head.softcap)
+        super().__init__(eta, options, metrics)
 
     def __call__(
         self,
         model: PreTrainedModel,
-        hidden: Tensor,  # [..., T, D]
+        outputs: Any,
         labels: Tensor | None,  # [..., T]
         num_items_in_batch: float | Tensor | None = None,
         ignore_index: int | None = None,
         shift_labels: Tensor | None = None,  # [..., T]
-    ) -> Tensor:
-        """The loss of a batch by the model's output embeddings; arguments, result and errors as in the other loss."""
+    ) -> Any:
+        """The outputs with a batch's loss, of the backbone's outputs; arguments and errors as in the other loss."""
         weight, bias = weight_and_bias(output_embeddings(model))
         # The backbone may end on another device.
-        hidden = hidden.to(weight.device)
+        hidden = outputs.last_hidden_state.to(weight.device)
         eta, options = self._for_batch(hidden, num_items_in_batch, ignore_index)
         targets = next_token_targets(hidden, labels, shift_labels, options.ignore_index, "hidden states")
         result = linear_mixce_loss(hidden, weight, bias, targets, eta, options, self.linear, Sharding())
-        return self._measured(result, targets, options.ignore_index)
+        return transformers.modeling_outputs.CausalLMOutput(
+            loss=self._measured(result, targets, options.ignore_index),
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
+        )
 
 
 def with_linear_mixce_loss(
@@ -260,19 +262,14 @@ def with_linear_mixce_loss(
             f"expected a model with the forward of its class, got {type(model).__name__} with another "
             "(accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes off that of mixed precision)"
         )
-    options = {
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "max_chunk_bytes": max_chunk_bytes,
-        "path": path,
-        "validate": validate,
-        "backend": backend,
-    }
-    loss = LinearMixCEForCausalLMLoss(model, eta, metrics, options)
+    options = LossOptions(
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, validate=validate, backend=backend
+    )
+    linear_options = LinearOptions(max_chunk_bytes=max_chunk_bytes, path=path)
+    loss = LinearMixCEForCausalLMLoss(model, eta, options, linear_options, metrics)
     # A shallow copy: its own attributes, but the same submodules and weights.
     linear = copy.copy(model)
-    linear.__class__ = _class_with_linear_loss(model.__class__)
+    linear.__class__ = class_with_linear_loss(model.__class__)
     linear.mixce_loss = loss
     for name in ("forward", "_old_forward", "_hf_hook"):
         vars(linear).pop(name, None)
@@ -293,79 +290,3 @@ def logits_of(outputs: Any) -> Tensor:
     if not isinstance(logits, Tensor):
         raise TypeError(f"expected logits, or a model's outputs with logits, got {type(outputs).__name__} without")
     return logits
-
-
-@functools.cache
-def _class_with_linear_loss(base: Any) -> Any:
-    """The subclass of a causal language model's class whose forward computes its loss without logits."""
-
-    # Wrapped, since Trainer reads off the signature which columns of a data set the model takes.
-    @functools.wraps(base.forward)
-    def forward(
-        self: Any,
-        input_ids: Tensor | None = None,
-        *args: Any,
-        labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
-        num_items_in_batch: float | Tensor | None = None,
-        ignore_index: int | None = None,
-        return_dict: bool | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if labels is None and shift_labels is None:
-            if num_items_in_batch is not None:
-                raise ValueError(
-                    "expected labels with num_items_in_batch, got none: Trainer takes them away for "
-                    "label_smoothing_factor and compute_loss_func (label_smoothing is an option of this loss)"
-                )
-            if args and "labels" in inspect.signature(base.forward).bind_partial(self, input_ids, *args).arguments:
-                raise ValueError("expected arguments besides input_ids by name, together with labels")
-            if return_dict is not None:
-                kwargs["return_dict"] = return_dict
-            return base.forward(self, input_ids, *args, **kwargs)
-        if args:
-            raise ValueError("expected arguments besides input_ids by name, together with labels")
-        if self.mixce_loss is None:
-            raise ValueError("expected a model that with_linear_mixce_loss returned, got one that its class loaded")
-        for name in ("logits_to_keep", "num_logits_to_keep"):
-            kept = kwargs.pop(name, 0)
-            if isinstance(kept, Tensor) or kept:
-                raise ValueError(f"expected no {name} together with labels, since the loss is that of all positions")
-        asked = kwargs.get("output_router_logits")
-        if asked is None:
-            configs = (self.config, self.config.get_text_config())
-            asked = any(getattr(config, "output_router_logits", False) for config in configs)
-        if asked:
-            raise ValueError("expected output_router_logits=False, since the router's loss is not computed here")
-        if return_dict is None:
-            return_dict = getattr(self.config, "return_dict", True)
-        backbone = self.get_submodule(self.mixce_loss.head.backbone)
-        outputs = backbone(input_ids=input_ids, **{**self.mixce_loss.defaults, **kwargs, "return_dict": True})
-        loss = self.mixce_loss(self, outputs.last_hidden_state, labels, num_items_in_batch, ignore_index, shift_labels)
-        result = transformers.modeling_outputs.CausalLMOutput(
-            loss=loss, hidden_states=outputs.get("hidden_states"), attentions=outputs.get("attentions")
-        )
-        return result if return_dict else result.to_tuple()
-
-    # Pickled by what it was made of, since its name is that of the model's own class.
-    def reduce(self: Any, protocol: Any) -> Any:
-        return _unfinished, (base,), self.__dict__
-
-    # Trainer is to pass num_items_in_batch whatever the signature says. Name and module are the model's own, which
-    # save_pretrained writes into the configuration.
-    attributes = {
-        "forward": forward,
-        "__reduce_ex__": reduce,
-        "accepts_loss_kwargs": True,
-        "mixce_loss": None,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    return type(base)(base.__name__, (base,), attributes)
-
-
-def _unfinished(base: Any) -> Any:
-    """An instance of the subclass that has no attributes yet."""
-    linear = _class_with_linear_loss(base)
-    return linear.__new__(linear)
