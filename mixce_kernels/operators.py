@@ -7,7 +7,7 @@ record within it, as `TokenOptions`, take that one's place. Kernels, derivatives
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack, is_in_torch_dispatch_mode
 
-from mixce_kernels.backends.layout import materialized
+from mixce_kernels.backends.layout import materialized, needs_copy
 
 R = TypeVar("R", bound="tuple[Any, ...]")
 
@@ -56,6 +56,7 @@ class Fields(Generic[R]):
                 self._within.append((i, within))
                 self.names += within.names
                 self._schemas += within._schemas
+        self._tensors = [i for i, schema in enumerate(self._schemas) if schema.startswith("Tensor")]
 
     def schema(self, writes: str | None = None) -> str:
         """The arguments of an operator that writes to the one of that name."""
@@ -79,18 +80,27 @@ class Fields(Generic[R]):
             values = (*values[:i], within.of(values[i:end]), *values[end:])
         return self.record(*values)
 
+    def tensors(self, values: tuple[Any, ...]) -> list[Tensor]:
+        """The tensors among arguments in a row."""
+        return [values[i] for i in self._tensors if values[i] is not None]
+
+    def with_tensors(self, values: Sequence[Any], tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+        """Arguments in a row with these in the places of tensors."""
+        values = list(values)
+        for i, tensor in zip(self._tensors, tensors, strict=False):
+            values[i] = tensor
+        return tuple(values)
+
     def save(self, ctx: Any, record: R, *others: Tensor | None) -> None:
         """Keeps a record, and other tensors, for backward: its tensors under whatever hooks there are."""
         values = self.flat(record)
-        tensors = [value if isinstance(value, Tensor) else None for value in values]
-        ctx.save_for_backward(*tensors, *others)
-        ctx.values = [None if isinstance(value, Tensor) else value for value in values]
+        ctx.save_for_backward(*[values[i] for i in self._tensors], *others)
+        ctx.values = self.with_tensors(values, (None,) * len(self._tensors))
 
     def saved(self, ctx: Any) -> tuple[R, tuple[Tensor, ...]]:
         """The record that was kept, and the other tensors."""
         tensors = ctx.saved_tensors  # once: a checkpoint's hooks recompute them
-        values = (value if kept is None else kept for kept, value in zip(tensors, ctx.values, strict=False))
-        return self.of(tuple(values)), tensors[len(ctx.values) :]
+        return self.of(self.with_tensors(ctx.values, tensors)), tensors[len(self._tensors) :]
 
 
 class Operator(Generic[R]):
@@ -161,15 +171,18 @@ class Differentiable(Generic[R]):
         def context_of_values(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             context(ctx, fields.of(inputs), output)
 
+        # The record comes after its values, and need not be made of them.
         def kernel_with_context(ctx: Any, *values: Any) -> Any:
-            record = fields.of(values)
+            record = values[-1]
             output = operator.kernel(record)
             context(ctx, record, output)
             return output
 
         def all_grads(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            found = backward(ctx, *grads)
-            return tuple(found.get(name) for name in fields.names)
+            return tuple(map(backward(ctx, *grads).get, fields.names))
+
+        def grads_of_node(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return *all_grads(ctx, *grads), None
 
         def batched(info: Any, in_dims: tuple[int | None, ...], *values: Any) -> Any:
             dims = dict(zip(fields.names, in_dims, strict=True))
@@ -180,7 +193,7 @@ class Differentiable(Generic[R]):
         torch.library.register_vmap(name, batched, lib=library)
         self.operator = operator
         self.fields = fields
-        self.node = _function(operator.name, forward=kernel_with_context, backward=all_grads)
+        self.node = _function(operator.name, forward=kernel_with_context, backward=grads_of_node)
         # The form that torch.func asks for; it inspects its own signature at each call, which is slow.
         self.transformable_node = _function(
             operator.name,
@@ -195,17 +208,22 @@ class Differentiable(Generic[R]):
         values = self.fields.flat(record)
         if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and not _collectives_are_watched()):
             return self.operator.dispatched(*values)
-        tensors = [value for value in values if isinstance(value, Tensor)]
-        if any(type(tensor) not in (Tensor, Parameter) or _is_batch_of_grads(tensor) for tensor in tensors):
-            return self.operator.dispatched(*values)
+        tensors = self.fields.tensors(values)
+        copies = differentiate = False
+        for tensor in tensors:
+            if type(tensor) not in (Tensor, Parameter) or _is_batch_of_grads(tensor):
+                return self.operator.dispatched(*values)
+            copies = copies or needs_copy(tensor)
+            differentiate = differentiate or tensor.requires_grad
         if torch._C._are_functorch_transforms_active():
             return self.transformable_node.apply(*values)
-        values = tuple(materialized(value) if isinstance(value, Tensor) else value for value in values)
-        differentiate = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if copies:
+            values = tuple(materialized(value) if isinstance(value, Tensor) else value for value in values)
+            record = self.fields.of(values)
         # In forward mode a node says that it has no such derivative; a kernel would lose it silently.
-        if differentiate or forward_ad._current_level >= 0:
-            return self.node.apply(*values)
-        return self.operator.kernel(self.fields.of(values))
+        if (differentiate and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+            return self.node.apply(*values, record)
+        return self.operator.kernel(record)
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -64,9 +64,14 @@ def overlaps_itself(tensor: Tensor) -> bool:
     return False
 
 
+def needs_copy(tensor: Tensor) -> bool:
+    """Whether memory does not hold the tensor as it is: one with its negative bit set, or zeros without memory."""
+    return tensor.is_neg() or tensor._is_zerotensor()
+
+
 def materialized(tensor: Tensor) -> Tensor:
-    """The tensor as its memory holds it: one with its negative bit set, or zeros without memory, is copied."""
-    return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
+    """The tensor as its memory holds it: a copy where that is another."""
+    return tensor.clone() if needs_copy(tensor) else tensor
 
 
 def flat(tensor: Tensor) -> tuple[Tensor, int]:
