@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
+pytest.importorskip("transformers", reason="needs the extra 'transformers'")
+
 from mixce_kernels import mixce_loss_reference
 from mixce_kernels.integrations import TokenMetrics
 from mixce_kernels.integrations.transformers import MixCEForCausalLMLoss

@@ -11,6 +11,8 @@ import torch
 from test_transformers import LargeTensors
 from torch import Tensor, nn
 
+pytest.importorskip("trl", reason="needs the extra 'trl'")
+
 from mixce_kernels import mixce_loss_reference
 from mixce_kernels.integrations.trl import MixCESFTConfig, MixCESFTTrainer
 from support.causal_models import VOCAB_SIZE, model_of

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.nn.utils import prune
 
+pytest.importorskip("trl", reason="needs the extra 'trl'")
+
 from mixce_kernels.integrations.trl import MixCESFTConfig, MixCESFTTrainer
 from support.causal_models import VOCAB_SIZE, config_of, model_of, transformers
 from support.trl_runs import (

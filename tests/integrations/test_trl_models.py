@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+pytest.importorskip("trl", reason="needs the extra 'trl'")
+
 from mixce_kernels.integrations.transformers import with_linear_mixce_loss
 from mixce_kernels.integrations.trl import MixCESFTConfig, MixCESFTTrainer
 from support.causal_models import VOCAB_SIZE, config_of, model_of, transformers
