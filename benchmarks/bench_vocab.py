@@ -6,10 +6,10 @@
 
 Every contender's loss and gradient are first held to the float64 oracle; one that is off is named with its error, and
 not timed. Then all contenders of a cell take turns, so that a drift of the machine meets all alike; medians with 20 %
-and 80 % quantiles are reported, and speeds beside that of a copy of the logits in the same rounds (the byte model
-stands in harness/measure.py). Each regime of the allocator, each number of threads and the measurement of memory has
-a process of its own, and every line of the results names its regime. On a GPU, events are the clock, L2 is flushed
-between calls, and peaks are those of the caching allocator. Writes bench.csv, summary.md and plots.
+and 80 % quantiles are reported, and speeds beside those of a copy and of a pure read of the logits in the same rounds
+(vocab/programs.py has the model of bytes). Each regime of the allocator, each number of threads and the measurement of
+memory has a process of its own, and every line of the results names its regime. On a GPU, events are the clock, L2 is
+flushed between calls, and peaks are those of the caching allocator. Writes bench.csv, summary.md and plots.
 """
 
 from __future__ import annotations

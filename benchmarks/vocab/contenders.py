@@ -28,7 +28,7 @@ from torch import Tensor
 from harness.contenders import ETA, IGNORE_INDEX, add_installed, from_file, plain_mixce
 from mixce_kernels import backends, fused_mixce_loss
 
-COPY = "copy"
+COPY, READ = "copy", "read"
 # What the backends of a GPU would be on CPU tensors.
 _ON_CPU_TENSORS = {"triton": "interpreted", "cuda": "emulated"}
 MODES = ("forward", "backward", "both", "inplace", "grad_in_forward", "grad_in_forward_inplace")

@@ -2,7 +2,8 @@
 
 Speeds are over the least traffic that a mode needs, whatever a contender really moves, per logit of b bytes:
 forward b (read once), backward 2 b (read, gradient written), both and inplace 3 b (the sum), grad_in_forward 2 b
-(read once, gradient written once), copy 2 b. Write-allocate reads of a CPU's caches are not counted, nor for the copy.
+(read once, gradient written once), copy 2 b, read b. Write-allocate reads of a CPU's caches are not counted, nor for
+the copy.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from harness.check import Errors, results_of
 from harness.contenders import ETA
 from vocab.check import Inputs
-from vocab.contenders import COPY, Contender, LossFunction
+from vocab.contenders import COPY, READ, Contender, LossFunction
 
 # Bytes moved per byte of logits.
 TRAFFIC = {
@@ -27,6 +28,19 @@ TRAFFIC = {
     "grad_in_forward": 2,
     "grad_in_forward_inplace": 2,
     COPY: 2,
+    READ: 1,
+}
+
+
+def _read(inputs: Inputs) -> Tensor:
+    """The largest of the logits' bits as integers: what a thread computes of them takes less time than their way."""
+    words = inputs.pristine.flatten()
+    return words[: words.numel() // 2 * 2].view(torch.int32).amax()
+
+
+YARDSTICKS: dict[str, Callable[[Inputs], Tensor]] = {
+    COPY: lambda inputs: inputs.scratch.copy_(inputs.pristine),
+    READ: _read,
 }
 
 
@@ -36,13 +50,13 @@ class Program:
 
     contender: Contender
     mode: str
-    loss: LossFunction | None  # None: the copy
+    loss: LossFunction | None  # None: a yardstick
 
     def steps(self, inputs: Inputs, targets: Tensor, results: list[Tensor]) -> list[Callable[[], None]]:
         """The parts to time, one after the other; they leave loss and gradient in `results`."""
         loss = self.loss
         if loss is None:
-            return [lambda: results.append(inputs.scratch.copy_(inputs.pristine))]
+            return [lambda: results.append(YARDSTICKS[self.mode](inputs))]
 
         def forward() -> None:
             results.append(loss(inputs.logits, targets))
@@ -63,6 +77,7 @@ def check(program: Program, inputs: Inputs) -> Errors:
     return inputs.expected(program.contender.eta).compare(*results_of(program, inputs))
 
 
-def copy_contender() -> Contender:
-    """The yardstick: `copy_` of the logits into memory that was touched before."""
-    return Contender(COPY, "a copy of the logits into memory touched before", {}, ETA)
+def yardsticks() -> list[Program]:
+    """What every time is compared with: `copy_` of the logits into memory touched before, and reading them alone."""
+    computes = {COPY: "a copy of the logits into memory touched before", READ: "the logits are read, and nothing else"}
+    return [Program(Contender(name, computes[name], {}, ETA), name, None) for name in YARDSTICKS]

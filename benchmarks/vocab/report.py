@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from harness.report import ERRORS, OUTCOME, Row, computed, groups, machine_line, megabytes, short, with_notes
+from vocab.contenders import COPY, READ
 
 # What one measurement is of, then its results, then where and with what it was made.
 KEY = ("dtype", "rows", "vocab", "threads", "allocator", "contender", "mode")
@@ -15,6 +16,7 @@ RESULTS = (
     "traffic_bytes",
     "gbps",
     "percent_of_copy",
+    "percent_of_read",
     "times_copy",
     "page_faults",
     "peak_bytes",
@@ -48,12 +50,14 @@ def table(rows: list[Row]) -> str:
     lines = []
     for cell, members in groups(rows, KEY[:5]).items():
         lines += ["", _cell_title(cell)]
-        columns = ("contender", "mode", "median ms", "20 %", "80 %", "GB/s", "% of copy", "x copy", "peak MB", "faults")
+        columns: tuple[str, ...] = ("contender", "mode", "median ms", "20 %", "80 %", "GB/s")
+        columns += ("% of copy", "% of read", "x copy", "peak MB", "faults")
         body: list[tuple[str, ...]] = [columns]
         for row in members:
             if row["status"] == "ok":
                 numbers = [short(row[name]) for name in ("median_ms", "q20_ms", "q80_ms", "gbps")]
-                numbers += [f"{float(row['percent_of_copy']):.0f}", f"{float(row['times_copy']):.2f}", megabytes(row)]
+                numbers += [f"{float(row[name]):.0f}" for name in ("percent_of_copy", "percent_of_read")]
+                numbers += [f"{float(row['times_copy']):.2f}", megabytes(row)]
                 body.append((row["contender"], row["mode"], *numbers, f"{float(row['page_faults']):.0f}"))
             else:
                 body.append((row["contender"], row["mode"], row["status"]))
@@ -77,9 +81,10 @@ def summary(rows: list[Row], verdicts: str) -> str:
     for cell, members in groups(rows, KEY[:5]).items():
         timed = {(row["contender"], row["mode"]): row for row in members if row["status"] == "ok"}
         modes = [mode for mode in MODE_TITLES if any(key[1] == mode for key in timed)]
-        names = list(dict.fromkeys(row["contender"] for row in members if row["mode"] != "copy"))
-        copy_ms = next((row["median_ms"] for row in members if row["mode"] == "copy"), "")
-        lines += ["", f"**{_cell_title(cell)}** (copy of the logits: {short(copy_ms)} ms)", ""]
+        names = list(dict.fromkeys(row["contender"] for row in members if row["mode"] not in (COPY, READ)))
+        yardsticks = [row for row in members if row["mode"] in (COPY, READ)]
+        whole = ", ".join(f"{row['mode']} {short(row['median_ms'])} ms" for row in yardsticks)
+        lines += ["", f"**{_cell_title(cell)}** (of the logits: {whole})", ""]
         lines.append(f"| | {' | '.join(MODE_TITLES[mode] for mode in modes)} | peak MB |")
         lines.append("|---|" + "---:|" * (len(modes) + 1))
         for name in names:

@@ -17,9 +17,9 @@ from harness.check import Errors
 from harness.measure import Timing, peak_growth, time_rounds
 from harness.worker import Worker, outcome, run_job, times
 from vocab.check import Inputs
-from vocab.contenders import COPY, MODES, Contender, contenders
+from vocab.contenders import COPY, MODES, READ, Contender, contenders
 from vocab.plan import Cell
-from vocab.programs import TRAFFIC, Program, check, copy_contender
+from vocab.programs import TRAFFIC, Program, check, yardsticks
 
 # Of a cell's progress, the part before the first repetition.
 CHECKED = 0.5
@@ -79,19 +79,22 @@ class VocabWorker(Worker):
                 self.result(cell, program.contender, program.mode, {"status": status, **_error_fields(found)})
             self._progress(cell, CHECKED * (count + 1) / len(programs))
 
-        yardstick = Program(copy_contender(), COPY, None)
+        whole = yardsticks()
         timings: list[Timing] = []
-        for step in time_rounds([yardstick, *right], inputs, self.budget, cell.allocator == WARM):
+        for step in time_rounds([*whole, *right], inputs, self.budget, cell.allocator == WARM):
             if isinstance(step, float):
                 self._progress(cell, CHECKED + (1 - CHECKED) * step)
             else:
                 timings = step
-        copy_ms = statistics.median(timings[0].parts[0]) * 1e3
-        self._timed(cell, yardstick, COPY, timings[0].parts[0], timings[0], inputs, copy_ms, None)
-        for program, timing, found in zip(right, timings[1:], errors, strict=True):
+        found_of_all = [None] * len(whole) + errors
+        gbps = {
+            one.mode: TRAFFIC[one.mode] * inputs.nbytes / statistics.median(timing.parts[0]) / 1e9
+            for one, timing in zip(whole, timings, strict=False)
+        }
+        for program, timing, found in zip([*whole, *right], timings, found_of_all, strict=True):
             for mode, seconds in _rows(program.mode, timing):
-                if mode in self.modes:
-                    self._timed(cell, program, mode, seconds, timing, inputs, copy_ms, found)
+                if mode in self.modes or mode in gbps:
+                    self._timed(cell, program, mode, seconds, timing, inputs, gbps, found)
 
     def _timed(
         self,
@@ -101,20 +104,21 @@ class VocabWorker(Worker):
         seconds: list[float],
         timing: Timing,
         inputs: Inputs,
-        copy_ms: float,
+        yardstick_gbps: dict[str, float],
         errors: Errors | None,
     ) -> None:
         timed = times(seconds)
         median = timed["median_ms"]
         traffic = TRAFFIC[mode] * inputs.nbytes
-        gbps, copy_gbps = traffic / median / 1e6, TRAFFIC[COPY] * inputs.nbytes / copy_ms / 1e6
+        gbps = traffic / median / 1e6
         fields = {
             "status": "ok",
             **timed,
             "traffic_bytes": traffic,
             "gbps": gbps,
-            "percent_of_copy": 100 * gbps / copy_gbps,
-            "times_copy": median / copy_ms,
+            "percent_of_copy": 100 * gbps / yardstick_gbps[COPY],
+            "percent_of_read": 100 * gbps / yardstick_gbps[READ],
+            "times_copy": median * 1e6 * yardstick_gbps[COPY] / (TRAFFIC[COPY] * inputs.nbytes),
             "page_faults": timing.page_faults,
             **_error_fields(errors),
         }

@@ -59,6 +59,18 @@ MIXCE_INLINE void walk_row(int64_t vocab_size, Body body) {
   }
 }
 
+// Bytes of a row that are on their way from memory beyond those that are read: hardware alone fetches too few
+// ahead to keep memory busy while exponentials are computed.
+constexpr int64_t kPrefetchBytes = 3072;
+
+// Fetches into L2 the lines of the pair of vectors that is read kPrefetchBytes after the one at x.
+template <typename V, typename T>
+MIXCE_INLINE void prefetch_ahead(const T* x) {
+  const char* const ahead = reinterpret_cast<const char*>(x) + kPrefetchBytes;
+  constexpr int64_t kPairBytes = 2 * V::kWidth * sizeof(T);
+  for (int64_t i = 0; i < kPairBytes; i += 64) V::prefetch(ahead + i);
+}
+
 // The n <= kWidth elements at x, in order, in a vector whose other lanes are 0.
 template <typename V, typename T>
 MIXCE_INLINE typename V::Reg load_edge(const T* x, int64_t n) {

@@ -68,6 +68,7 @@ MIXCE_BLOCK void grad_block(const T* x, T* grad, int64_t head, int64_t size,
   walk_block<V>(
       head, size, [&](int64_t i, int64_t n) { store_edge<V>(grad + i, grad_of(load_edge<V>(x + i, n)), n); },
       [&](int64_t i) __attribute__((always_inline)) {
+        prefetch_ahead<V>(x + i);
         Reg a, b;
         V::load_pair(x + i, &a, &b);
         put_pair<V, kStream>(grad + i, grad_of(a), grad_of(b));

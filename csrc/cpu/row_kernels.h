@@ -104,6 +104,7 @@ void scale_rows(const RowParams& p, int64_t begin, int64_t end) {
           for (int64_t j = i; j < i + n; ++j) from_real(to_real(grad[j]) * factor, grad + j);
         },
         [&](int64_t i) {
+          prefetch_ahead<V>(grad + i);
           typename V::Reg a, b;
           V::load_pair(grad + i, &a, &b);
           V::store_pair(grad + i, V::mul(a, V::set(factor)), V::mul(b, V::set(factor)));

@@ -1,5 +1,5 @@
-// Pass 1 over a row of logits: its statistics. A block is read from memory once, for its maximum, and then
-// from L1 for its exponentials.
+// Pass 1 over a row of logits: its statistics. A block is read from memory once, for its maximum, while the
+// exponentials of the block before it are computed, and then from L1 for its own.
 #pragma once
 
 #include "blocks.h"
@@ -17,71 +17,83 @@ MIXCE_INLINE double lane_sum(typename V::Reg reg, int64_t lanes) {
   return sum;
 }
 
-// The largest of a block, -inf if none is larger. NaNs may be passed over or returned: the sums will meet
-// them.
+// The largest of pairs of vectors. NaNs may be passed over or returned: the sums will meet them.
 template <typename V, typename T>
-MIXCE_BLOCK typename V::Real block_maximum(const T* x, int64_t size) {
-  using Real = typename V::Real;
-  Real largest = -static_cast<Real>(INFINITY);
-  typename V::Reg largest_a = V::set(largest), largest_b = largest_a;
-  int64_t i = 0;
-  for (; i + 2 * V::kWidth <= size; i += 2 * V::kWidth) {
-    typename V::Reg a, b;
-    V::load_pair(x + i, &a, &b);
-    largest_a = V::max(a, largest_a);  // the second operand survives a NaN
-    largest_b = V::max(b, largest_b);
+struct PairMaximum {
+  typename V::Reg a, b;
+
+  PairMaximum() : a(V::set(-static_cast<typename V::Real>(INFINITY))), b(a) {}
+  void add(const T* x) {
+    typename V::Reg first, second;
+    V::load_pair(x, &first, &second);
+    a = V::max(first, a);  // the second operand survives a NaN
+    b = V::max(second, b);
   }
-  Real lanes[V::kWidth];
-  V::store(lanes, V::max(largest_a, largest_b));
-  for (int k = 0; k < V::kWidth; ++k) largest = lanes[k] > largest ? lanes[k] : largest;
-  for (; i < size; ++i) largest = to_real(x[i]) > largest ? to_real(x[i]) : largest;
-  return largest;
-}
+  // The largest of a block whose pairs before `rest` were added.
+  typename V::Real of_block(const T* x, int64_t rest, int64_t size) const {
+    typename V::Real lanes[V::kWidth];
+    V::store(lanes, V::max(a, b));
+    typename V::Real largest = lanes[0];
+    for (int k = 1; k < V::kWidth; ++k) largest = lanes[k] > largest ? lanes[k] : largest;
+    for (int64_t i = rest; i < size; ++i) largest = to_real(x[i]) > largest ? to_real(x[i]) : largest;
+    return largest;
+  }
+};
 
 // The same for sixteen-bit floats, by their bits, without a conversion: as signed integers the non-negative
 // ones come in order and above the negative ones; where there are only negative ones, the largest is the
-// smallest as unsigned.
+// smallest as unsigned, which a second look at the block finds.
 template <typename V, typename T>
-MIXCE_BLOCK float block_maximum_16(const T* x, int64_t size) {
-  constexpr int kStep = 2 * V::kWidth16;
-  uint16_t lanes[kStep];
-  for (auto& lane : lanes) lane = 0x8000u;
-  typename V::Bits16 found_a = V::load_bits16(lanes), found_b = found_a;
+struct PairMaximum16 {
+  static constexpr int kVectors = 2 * V::kWidth / V::kWidth16;
+  typename V::Bits16 found;
+
+  PairMaximum16() : found(V::set_bits16(INT16_MIN)) {}
+  void add(const T* x) {
+    for (int k = 0; k < kVectors; ++k) {
+      found = V::max_signed(V::load_bits16(x + k * V::kWidth16), found);
+    }
+  }
+  float of_block(const T* x, int64_t rest, int64_t size) const {
+    int16_t lanes[V::kWidth16];
+    V::store_bits16(lanes, found);
+    int16_t largest = lanes[0];
+    for (int16_t lane : lanes) largest = lane > largest ? lane : largest;
+    for (int64_t i = rest; i < size; ++i) {
+      const auto bits = static_cast<int16_t>(x[i].bits);
+      largest = bits > largest ? bits : largest;
+    }
+    return to_real(T{largest >= 0 ? static_cast<uint16_t>(largest) : smallest_unsigned(x, size)});
+  }
+
+ private:
+  static uint16_t smallest_unsigned(const T* x, int64_t size) {
+    typename V::Bits16 found = V::set_bits16(-1);
+    int64_t i = 0;
+    for (; i + V::kWidth16 <= size; i += V::kWidth16) found = V::min_unsigned(V::load_bits16(x + i), found);
+    uint16_t lanes[V::kWidth16];
+    V::store_bits16(lanes, found);
+    uint16_t smallest = lanes[0];
+    for (uint16_t lane : lanes) smallest = lane < smallest ? lane : smallest;
+    for (; i < size; ++i) smallest = x[i].bits < smallest ? x[i].bits : smallest;
+    return smallest;
+  }
+};
+template <typename V>
+struct PairMaximum<V, BFloat16> : PairMaximum16<V, BFloat16> {
+  PairMaximum() {}
+};
+template <typename V>
+struct PairMaximum<V, Half> : PairMaximum16<V, Half> {
+  PairMaximum() {}
+};
+
+template <typename V, typename T>
+MIXCE_BLOCK typename V::Real block_maximum(const T* x, int64_t size) {
+  PairMaximum<V, T> maximum;
   int64_t i = 0;
-  for (; i + kStep <= size; i += kStep) {
-    found_a = V::max_signed(V::load_bits16(x + i), found_a);
-    found_b = V::max_signed(V::load_bits16(x + i + V::kWidth16), found_b);
-  }
-  V::store_bits16(lanes, V::max_signed(found_a, found_b));
-  int16_t largest = INT16_MIN;
-  for (int k = 0; k < V::kWidth16; ++k) {
-    if (static_cast<int16_t>(lanes[k]) > largest) largest = static_cast<int16_t>(lanes[k]);
-  }
-  for (; i < size; ++i) {
-    if (static_cast<int16_t>(x[i].bits) > largest) largest = static_cast<int16_t>(x[i].bits);
-  }
-  if (largest >= 0) return to_real(T{static_cast<uint16_t>(largest)});
-
-  for (auto& lane : lanes) lane = 0xffffu;
-  found_a = found_b = V::load_bits16(lanes);
-  for (i = 0; i + kStep <= size; i += kStep) {
-    found_a = V::min_unsigned(V::load_bits16(x + i), found_a);
-    found_b = V::min_unsigned(V::load_bits16(x + i + V::kWidth16), found_b);
-  }
-  V::store_bits16(lanes, V::min_unsigned(found_a, found_b));
-  uint16_t smallest = 0xffffu;
-  for (int k = 0; k < V::kWidth16; ++k) smallest = lanes[k] < smallest ? lanes[k] : smallest;
-  for (; i < size; ++i) smallest = x[i].bits < smallest ? x[i].bits : smallest;
-  return to_real(T{smallest});
-}
-
-template <typename V>
-MIXCE_INLINE float block_maximum(const BFloat16* x, int64_t size) {
-  return block_maximum_16<V>(x, size);
-}
-template <typename V>
-MIXCE_INLINE float block_maximum(const Half* x, int64_t size) {
-  return block_maximum_16<V>(x, size);
+  for (; i + 2 * V::kWidth <= size; i += 2 * V::kWidth) maximum.add(x + i);
+  return maximum.of_block(x, i, size);
 }
 
 // Elements whose sums stay in lanes of float32, 32 additions to a lane: one that holds the exponential of a
@@ -132,20 +144,24 @@ MIXCE_BLOCK void add_end(const T* x, int64_t size, typename V::Real m,
 }
 
 // Pass 1 over one block, relative to the finite reference `m`. With kKeep the exponentials stay in `kept`.
+// Meanwhile memory brings the next block, whose pairs go to `next_maximum`.
 template <typename V, typename T, bool kCap, bool kMoments, bool kKeep>
 MIXCE_BLOCK void add_block(const T* x, int64_t size, typename V::Real m,
                            const Transform<typename V::Real>& transform, const Exponential<V>& exponential,
-                           typename V::Real* kept, OnlineLogSumExp<double>& part) {
+                           typename V::Real* kept, OnlineLogSumExp<double>& part, const T* next,
+                           PairMaximum<V, T>& next_maximum) {
   using Reg = typename V::Reg;
   const Reg reference = V::set(m);
   // Apart, not in a struct, which would stay in memory.
   Reg exp_sum = V::set(0), shifted_sum = exp_sum, exp_shifted_sum = exp_sum;
+  PairMaximum<V, T> maximum = next_maximum;
   int64_t i = 0;
 #pragma GCC unroll 2
   for (; i + 2 * V::kWidth <= size; i += 2 * V::kWidth) {
+    prefetch_ahead<V>(next + i);
+    maximum.add(next + i);
     Reg a, b;
     V::load_pair(x + i, &a, &b);
-    V::prefetch(x + i + kBlock);
     const auto sums_a = sums_of<V, kCap, kMoments>(a, reference, transform, exponential);
     const auto sums_b = sums_of<V, kCap, kMoments>(b, reference, transform, exponential);
     // The pair first: one chain of additions, in one register, is short enough.
@@ -156,6 +172,7 @@ MIXCE_BLOCK void add_block(const T* x, int64_t size, typename V::Real m,
     }
     if constexpr (kKeep) V::store_pair(kept + i, sums_a.exp, sums_b.exp);
   }
+  next_maximum = maximum;
   add_lanes<V, kMoments>({exp_sum, shifted_sum, exp_shifted_sum}, V::kWidth, transform.scale, part);
   if (i < size) {
     add_end<V, T, kCap, kMoments, kKeep>(x + i, size - i, m, transform, exponential, kept + i, part);
@@ -180,8 +197,8 @@ MIXCE_INLINE RowStats<typename V::Real> row_stats(const T* x, int64_t vocab_size
   using Real = typename V::Real;
   const Real lowest = -static_cast<Real>(INFINITY);
   RowStats<Real> stats{empty_log_sum_exp<double>(), lowest, lowest};
+  Real maximum = block_maximum<V>(x, vocab_size < kBlock ? vocab_size : kBlock);
   walk_row(vocab_size, [&](int64_t begin, int64_t size) __attribute__((always_inline)) {
-    const Real maximum = block_maximum<V>(x + begin, size);
     if (maximum > stats.raw_maximum || begin == 0) {
       stats.raw_maximum = maximum;
       stats.m = capped_scalar<V, T, kCap>(maximum, transform.softcap);
@@ -191,10 +208,20 @@ MIXCE_INLINE RowStats<typename V::Real> row_stats(const T* x, int64_t vocab_size
     if constexpr (kKeep) kept[vocab_size + begin / kBlock] = stats.m;
     // Before the first finite logit any finite reference will do.
     const Real reference = stats.m == lowest ? 0 : stats.m;
-    for (int64_t i = begin; i < begin + size; i += kSumBlock<V>) {
-      const int64_t rest = begin + size - i;
-      add_block<V, T, kCap, kMoments, kKeep>(x + i, rest < kSumBlock<V> ? rest : kSumBlock<V>, reference,
-                                             transform, exponential, kept + i, stats.sums);
+    const int64_t next_size = vocab_size - begin - size < kBlock ? vocab_size - begin - size : kBlock;
+    // A next block that is shorter is not read in step with this one: this one is then read again, from L1.
+    const T* const next = x + begin + (next_size == size ? size : 0);
+    PairMaximum<V, T> next_maximum;
+    for (int64_t i = 0; i < size; i += kSumBlock<V>) {
+      const int64_t rest = size - i;
+      add_block<V, T, kCap, kMoments, kKeep>(x + begin + i, rest < kSumBlock<V> ? rest : kSumBlock<V>,
+                                             reference, transform, exponential, kept + begin + i, stats.sums,
+                                             next + i, next_maximum);
+    }
+    if (next_size == size) {
+      maximum = next_maximum.of_block(next, size, size);
+    } else if (next_size > 0) {
+      maximum = block_maximum<V>(x + begin + size, next_size);
     }
   });
   return stats;

@@ -101,7 +101,7 @@ struct DoubleVector {
   MIXCE_INLINE void stream_pair(T* out, Reg a, Reg b) {
     store_pair(out, a, b);
   }
-  MIXCE_INLINE void prefetch(const void* in) { __builtin_prefetch(in); }
+  MIXCE_INLINE void prefetch(const void* in) { __builtin_prefetch(in, 0, 2); }
 };
 
 template <>

@@ -54,6 +54,7 @@ struct FloatVector {
   // Sixteen-bit lanes, as bits.
   using Bits16 = __m256i;
   static constexpr int kWidth16 = 16;
+  MIXCE_INLINE Bits16 set_bits16(int16_t bits) { return _mm256_set1_epi16(bits); }
   MIXCE_INLINE Bits16 load_bits16(const void* in) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(in));
   }
@@ -93,7 +94,7 @@ struct FloatVector {
   MIXCE_INLINE void stream_pair(BFloat16* out, Reg a, Reg b) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(out), interleaved_bfloat16(a, b));
   }
-  MIXCE_INLINE void prefetch(const void* in) { _mm_prefetch(static_cast<const char*>(in), _MM_HINT_T0); }
+  MIXCE_INLINE void prefetch(const void* in) { _mm_prefetch(static_cast<const char*>(in), _MM_HINT_T1); }
 
  private:
   // Rounded to nearest, ties away from zero, with the result in the upper half of each lane.

@@ -58,6 +58,7 @@ struct FloatVector {
   // Sixteen-bit lanes, as bits.
   using Bits16 = __m512i;
   static constexpr int kWidth16 = 32;
+  MIXCE_INLINE Bits16 set_bits16(int16_t bits) { return _mm512_set1_epi16(bits); }
   MIXCE_INLINE Bits16 load_bits16(const void* in) { return _mm512_loadu_si512(in); }
   MIXCE_INLINE void store_bits16(void* out, Bits16 bits) { _mm512_storeu_si512(out, bits); }
   MIXCE_INLINE Bits16 max_signed(Bits16 a, Bits16 b) { return _mm512_max_epi16(a, b); }
@@ -93,7 +94,7 @@ struct FloatVector {
   MIXCE_INLINE void stream_pair(BFloat16* out, Reg a, Reg b) {
     _mm512_stream_si512(reinterpret_cast<__m512i*>(out), interleaved_bfloat16(a, b));
   }
-  MIXCE_INLINE void prefetch(const void* in) { _mm_prefetch(static_cast<const char*>(in), _MM_HINT_T0); }
+  MIXCE_INLINE void prefetch(const void* in) { _mm_prefetch(static_cast<const char*>(in), _MM_HINT_T1); }
 
  private:
   // Rounded to nearest, ties away from zero, with the result in the upper half of each lane.

@@ -39,6 +39,7 @@ struct FloatVector {
   }
   using Bits16 = uint16_t;
   static constexpr int kWidth16 = 1;
+  MIXCE_INLINE Bits16 set_bits16(int16_t bits) { return static_cast<Bits16>(bits); }
   MIXCE_INLINE Bits16 load_bits16(const void* in) { return *static_cast<const uint16_t*>(in); }
   MIXCE_INLINE void store_bits16(void* out, Bits16 bits) { *static_cast<uint16_t*>(out) = bits; }
   MIXCE_INLINE Bits16 max_signed(Bits16 a, Bits16 b) {
@@ -62,7 +63,7 @@ struct FloatVector {
   MIXCE_INLINE void stream_pair(T* out, Reg a, Reg b) {
     store_pair(out, a, b);
   }
-  MIXCE_INLINE void prefetch(const void* in) { __builtin_prefetch(in); }
+  MIXCE_INLINE void prefetch(const void* in) { __builtin_prefetch(in, 0, 2); }
 };
 
 }  // namespace

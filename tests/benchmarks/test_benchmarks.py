@@ -23,7 +23,7 @@ from mixce_kernels.backends import cuda, triton
 from support.paths import BENCHMARKS
 from vocab import worker
 from vocab.check import Inputs
-from vocab.contenders import COPY, Contender, contenders, plain_cross_entropy
+from vocab.contenders import COPY, READ, Contender, contenders, plain_cross_entropy
 from vocab.goals import OURS, verdicts
 from vocab.plan import Cell, cells, shapes
 from vocab.programs import Program
@@ -89,7 +89,7 @@ def test_csv_has_every_column_and_a_number_in_each_timed_row(run):
 @pytest.mark.parametrize("mode", ["forward", "backward", "both"])
 def test_every_baseline_is_timed(run, mode):
     timed = {(row["contender"], row["mode"]) for row in read_csv(run[0] / "bench.csv") if row["status"] == "ok"}
-    assert {("eager", mode), ("F.cross_entropy", mode), ("copy", "copy")} <= timed
+    assert {("eager", mode), ("F.cross_entropy", mode), ("copy", "copy"), ("read", "read")} <= timed
 
 
 def test_ours_is_timed_in_every_mode(run):
@@ -320,7 +320,9 @@ def test_a_gpu_s_worker_reports_both_backends(gpu, monkeypatch):
         lines = map(json.loads, output.getvalue().splitlines())
         found[peak] = [line["result"] for line in lines if "result" in line]
     times = {(row["contender"], row["mode"]): row for row in with_peaks(found[False], found[True])}
-    assert set(times) == {(COPY, COPY)} | {(one.name, mode) for one in ours for mode in (*losses, "backward")}
+    assert set(times) == {(COPY, COPY), (READ, READ)} | {
+        (one.name, mode) for one in ours for mode in (*losses, "backward")
+    }
     for name in ("fused-triton", "fused-cuda"):
         assert {times[name, mode]["status"] for mode in losses} == {"ok"}
         medians = {mode: times[name, mode]["median_ms"] for mode in ("forward", "backward", "both")}
@@ -328,6 +330,8 @@ def test_a_gpu_s_worker_reports_both_backends(gpu, monkeypatch):
         # The forward moves half of the copy's bytes in the same time, both directions three halves in twice of it.
         shares = [times[name, mode]["percent_of_copy"] for mode in ("forward", "backward", "both")]
         assert shares == pytest.approx([50, 100, 75])
+        shares = [times[name, mode]["percent_of_read"] for mode in ("forward", "backward", "both")]
+        assert shares == pytest.approx([100, 200, 150])
         assert times[name, "both"]["peak_bytes"] == 0
 
 
