@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from mixce_kernels.options import ETA_ROUNDING, LOGITS_DTYPES, describe
 
 TARGET_DTYPES = (torch.int64, torch.int32)
+_PLAIN = frozenset((Tensor, Parameter, float, int, type(None)))
 
 
 def has_dtensor(*values: object) -> bool:
     """Whether a value is a tensor distributed over a mesh of devices."""
-    if all(type(value) in (Tensor, Parameter, float, int, type(None)) for value in values):
+    if _PLAIN.issuperset(map(type, values)):
         return False
     try:
         from torch.distributed.tensor import DTensor

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -64,24 +65,11 @@ class LossOptions(NamedTuple):
             TypeError: an option is not a number.
             ValueError: an option is outside its range.
         """
-        ignore_index = self.ignore_index
-        if not isinstance(ignore_index, numbers.Integral):
-            raise TypeError(f"expected ignore_index to be an int, got {describe(ignore_index)}")
-        ignore_index = concrete(int(ignore_index))
-        check_int64("ignore_index", ignore_index)
-        label_smoothing = _number("label_smoothing", self.label_smoothing)
-        if not 0.0 <= label_smoothing <= 1.0:
-            raise ValueError(f"expected label_smoothing in [0, 1], got {label_smoothing}")
-        z_loss = _number("z_loss", self.z_loss)
-        if not 0.0 <= z_loss < math.inf:
-            raise ValueError(f"expected z_loss to be finite and not negative, got {z_loss}")
-        softcap = None if self.softcap is None else _number("softcap", self.softcap)
-        if softcap is not None and not 0.0 < softcap < math.inf:
-            raise ValueError(f"expected softcap to be None or a positive finite number, got {softcap}")
-        logit_scale = _number("logit_scale", self.logit_scale)
-        if not 0.0 < logit_scale < math.inf:
-            raise ValueError(f"expected logit_scale to be a positive finite number, got {logit_scale}")
-        return TokenOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+        given = (self.ignore_index, self.label_smoothing, self.z_loss, self.softcap, self.logit_scale)
+        # A compiler's symbols are other numbers at each call, and only numbers can be compared with earlier ones.
+        if torch.compiler.is_compiling() or not _PLAIN.issuperset(map(type, given)):
+            return _checked_for_tokens(*given)
+        return _remembered_for_tokens(*given)
 
     def check_reduction_name(self) -> None:
         """Raises ValueError unless the reduction is one of REDUCTIONS."""
@@ -139,6 +127,35 @@ class LinearOptions(NamedTuple):
             raise ValueError(f"expected backend 'triton' or None with path='tiles', got {backend!r}")
         if self.path == "tiles" and sharded:
             raise ValueError("expected path 'chunks' with a sharded weight, got 'tiles'")
+
+
+_PLAIN = frozenset((int, float, type(None)))
+
+
+def _checked_for_tokens(
+    ignore_index: Any, label_smoothing: Any, z_loss: Any, softcap: Any, logit_scale: Any
+) -> TokenOptions:
+    if not isinstance(ignore_index, numbers.Integral):
+        raise TypeError(f"expected ignore_index to be an int, got {describe(ignore_index)}")
+    ignore_index = concrete(int(ignore_index))
+    check_int64("ignore_index", ignore_index)
+    label_smoothing = _number("label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"expected label_smoothing in [0, 1], got {label_smoothing}")
+    z_loss = _number("z_loss", z_loss)
+    if not 0.0 <= z_loss < math.inf:
+        raise ValueError(f"expected z_loss to be finite and not negative, got {z_loss}")
+    softcap = None if softcap is None else _number("softcap", softcap)
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ValueError(f"expected softcap to be None or a positive finite number, got {softcap}")
+    logit_scale = _number("logit_scale", logit_scale)
+    if not 0.0 < logit_scale < math.inf:
+        raise ValueError(f"expected logit_scale to be a positive finite number, got {logit_scale}")
+    return TokenOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+
+
+# Typed, since -100.0 equals -100 and is no class index.
+_remembered_for_tokens = functools.lru_cache(maxsize=256, typed=True)(_checked_for_tokens)
 
 
 def concrete(number: Any) -> Any:
