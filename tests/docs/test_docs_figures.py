@@ -107,6 +107,19 @@ def test_logits(page: str, heading: str, sizes: int) -> None:
     assert seen == sizes
 
 
+def test_share_of_a_read() -> None:
+    _, _, text = text_of("results.md").partition("**A pure read**")
+    shares = re.findall(r"(\d+) %", text.partition("\n\n")[0])
+    settings = [
+        {"dtype": dtype, "rows": rows, "vocab": "50257", "threads": threads, "allocator": "warm"}
+        for dtype, rows in (("float32", "1024"), ("bfloat16", "2048"))
+        for threads in ("1", "2")
+    ]
+    for share, setting in zip(shares, settings, strict=True):
+        ours = {**setting, "contender": "fused-cpu", "mode": "forward"}
+        assert_rounded(share, figure("bench", "percent_of_read", **ours))
+
+
 def test_hidden_states() -> None:
     lines = table_of("results.md", "Hidden states")[1:]
     assert [line[0] for line in lines] == list(HIDDEN)
