@@ -67,6 +67,19 @@ void define_record(py::module_& m, const char* name, const char* function,
       py::kw_only(), py::arg(fields.name)...);
 }
 
+// A function that makes a record of another one, with new values of these fields.
+template <typename Record, typename... Arguments, typename... Values>
+void define_copy(py::module_& m, const char* function, Field<Arguments, Record, Values>... fields) {
+  m.def(
+      function,
+      [fields...](const Record& others, Arguments... arguments) {
+        Record record = others;
+        (convert(arguments, record.*fields.member), ...);
+        return record;
+      },
+      py::arg("others"), py::kw_only(), py::arg(fields.name)...);
+}
+
 void define_params(py::module_& m) {
   define_record(m, "RowLayout", "row_layout", field("number", &RowLayout::number),
                 field("inner", &RowLayout::inner), field("outer_stride", &RowLayout::outer_stride),
@@ -75,13 +88,13 @@ void define_params(py::module_& m) {
                 field("label_smoothing", &TokenOptions::label_smoothing),
                 field("z_loss", &TokenOptions::z_loss), field_or_zero("softcap", &TokenOptions::softcap),
                 field("logit_scale", &TokenOptions::logit_scale));
-  define_record(m, "RowParams", "row_params", field("logits", &RowParams::logits),
-                field("logits_rows", &RowParams::logits_rows), field("targets", &RowParams::targets),
-                field("targets_int64", &RowParams::targets_int64), field("dtype", &RowParams::dtype),
-                field("vocab_size", &RowParams::vocab_size), field("options", &RowParams::options),
-                field("grad_logits", &RowParams::grad_logits), field("grad_rows", &RowParams::grad_rows),
-                field("grad_loss", &RowParams::grad_loss),
-                field("grad_loss_stride", &RowParams::grad_loss_stride), field("state", &RowParams::state));
+  define_record(m, "RowParams", "row_params_of_shape", field("logits_rows", &RowParams::logits_rows),
+                field("grad_rows", &RowParams::grad_rows), field("vocab_size", &RowParams::vocab_size),
+                field("dtype", &RowParams::dtype), field("targets_int64", &RowParams::targets_int64),
+                field("options", &RowParams::options));
+  define_copy(m, "row_params", field("logits", &RowParams::logits), field("targets", &RowParams::targets),
+              field("grad_logits", &RowParams::grad_logits), field("grad_loss", &RowParams::grad_loss),
+              field("grad_loss_stride", &RowParams::grad_loss_stride), field("state", &RowParams::state));
   define_record(m, "ForwardParams", "forward_params", field("eta", &ForwardParams::eta),
                 field("eta_stride", &ForwardParams::eta_stride),
                 field("eta_value", &ForwardParams::eta_value), field("loss", &ForwardParams::loss),

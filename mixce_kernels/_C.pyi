@@ -7,17 +7,21 @@ class ForwardParams: ...
 
 def row_layout(**fields: int) -> RowLayout: ...
 def token_options(**fields: float | None) -> TokenOptions: ...
+def row_params_of_shape(
+    *,
+    logits_rows: RowLayout,
+    grad_rows: RowLayout,
+    vocab_size: int,
+    dtype: int,
+    targets_int64: bool,
+    options: TokenOptions,
+) -> RowParams: ...
 def row_params(
+    others: RowParams,
     *,
     logits: int,
-    logits_rows: RowLayout,
-    vocab_size: int,
     targets: int,
-    targets_int64: bool,
-    dtype: int,
-    options: TokenOptions,
     grad_logits: int,
-    grad_rows: RowLayout,
     state: int,
     grad_loss: int,
     grad_loss_stride: int,

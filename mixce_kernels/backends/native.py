@@ -33,17 +33,20 @@ def row_params(
     grad_logits: Tensor | None,  # [..., V]
 ) -> _C.RowParams:
     """The rows of a call; see csrc/params.h."""
-    rows = _row_layout(reachable_layout(logits))
+    rows = reachable_layout(logits)
+    shape = _row_params_of_shape(
+        rows,
+        rows if grad_logits is None or grad_logits is logits else reachable_layout(grad_logits),
+        logits.shape[-1],
+        DTYPES[logits.dtype],
+        targets is not None and targets.dtype is torch.int64,
+        options,
+    )
     return _C.row_params(
+        shape,
         logits=logits.data_ptr(),
-        logits_rows=rows,
-        vocab_size=logits.shape[-1],
         targets=0 if targets is None else targets.data_ptr(),
-        targets_int64=targets is not None and targets.dtype is torch.int64,
-        dtype=DTYPES[logits.dtype],
-        options=_token_options(options),
         grad_logits=0 if grad_logits is None else grad_logits.data_ptr(),
-        grad_rows=rows if grad_logits is None or grad_logits is logits else _row_layout(reachable_layout(grad_logits)),
         state=0 if state is None else state.data_ptr(),
         grad_loss=0 if grad_loss is None else grad_loss.data_ptr(),
         grad_loss_stride=grad_loss_stride,
@@ -88,10 +91,15 @@ def forward_params(
 
 
 @functools.lru_cache(maxsize=1024)
-def _row_layout(rows: RowLayout) -> _C.RowLayout:
-    return _C.row_layout(**rows._asdict())
-
-
-@functools.lru_cache(maxsize=1024)
-def _token_options(options: TokenOptions) -> _C.TokenOptions:
-    return _C.token_options(**options._asdict())
+def _row_params_of_shape(
+    rows: RowLayout, grad_rows: RowLayout, vocab_size: int, dtype: int, targets_int64: bool, options: TokenOptions
+) -> _C.RowParams:
+    """What the rows of a call have of its sizes and options, kept for later calls."""
+    return _C.row_params_of_shape(
+        logits_rows=_C.row_layout(**rows._asdict()),
+        grad_rows=_C.row_layout(**grad_rows._asdict()),
+        vocab_size=vocab_size,
+        dtype=dtype,
+        targets_int64=targets_int64,
+        options=_C.token_options(**options._asdict()),
+    )
