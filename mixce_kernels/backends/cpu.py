@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.backends import native
-from mixce_kernels.backends.layout import flat
 from mixce_kernels.backends.results import Results
 from mixce_kernels.checks import raise_bad_target
-from mixce_kernels.options import TokenOptions, accumulate_dtype
+from mixce_kernels.options import TokenOptions
 
 if native.MISSING is None:
     from mixce_kernels import _C
@@ -69,32 +68,15 @@ def logits_grad(
     grad_logits: Tensor,  # [..., V]
 ) -> None:
     """The gradient from the state of the forward: see `Backend`."""
-    grad_loss, grad_loss_stride = flat(grad_loss.to(state.dtype))
-    targets, state = targets.contiguous(), state.contiguous()
-    rows = native.row_params(
-        logits=logits,
-        targets=targets,
-        state=state,
-        options=options,
-        grad_loss=grad_loss,
-        grad_loss_stride=grad_loss_stride,
-        grad_logits=grad_logits,
+    rows, _kept = native.grad_params(
+        logits=logits, targets=targets, state=state, grad_loss=grad_loss, options=options, grad_logits=grad_logits
     )
     _C.cpu_logits_grad(rows, _launch(logits, grad_logits))
 
 
 def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
     """Scales the rows of a gradient in place: see `Backend`."""
-    grad_loss, grad_loss_stride = flat(grad_loss.to(accumulate_dtype(grad_logits.dtype)))
-    rows = native.row_params(
-        logits=grad_logits,
-        targets=None,
-        state=None,
-        options=TokenOptions(),
-        grad_loss=grad_loss,
-        grad_loss_stride=grad_loss_stride,
-        grad_logits=grad_logits,
-    )
+    rows, _kept = native.scale_params(grad_logits, grad_loss)
     _C.cpu_scale_rows(rows, _launch(grad_logits, grad_logits))
 
 

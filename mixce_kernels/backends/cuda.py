@@ -17,9 +17,9 @@ from mixce_kernels.backends.cuda_launch import (
     rows_launch,
 )
 from mixce_kernels.backends.devices import device_index, on_device, unsuited_to_cuda
-from mixce_kernels.backends.layout import aligned_alike, flat, reachable_layout
+from mixce_kernels.backends.layout import aligned_alike, reachable_layout
 from mixce_kernels.backends.results import Results
-from mixce_kernels.options import TokenOptions, accumulate_dtype
+from mixce_kernels.options import TokenOptions
 
 if native.HAS_CUDA:
     from mixce_kernels import _C
@@ -101,16 +101,8 @@ def logits_grad(
     grad_logits: Tensor,  # [..., V]
 ) -> None:
     """The gradient from the state of the forward: see `Backend`."""
-    grad_loss, grad_loss_stride = flat(grad_loss.to(state.dtype))
-    targets, state = targets.contiguous(), state.contiguous()
-    rows = native.row_params(
-        logits=logits,
-        targets=targets,
-        state=state,
-        options=options,
-        grad_loss=grad_loss,
-        grad_loss_stride=grad_loss_stride,
-        grad_logits=grad_logits,
+    rows, _kept = native.grad_params(
+        logits=logits, targets=targets, state=state, grad_loss=grad_loss, options=options, grad_logits=grad_logits
     )
     with on_device(logits):
         _C.cuda_logits_grad(rows, _split_launch(logits))
@@ -118,16 +110,7 @@ def logits_grad(
 
 def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
     """Scales the rows of a gradient in place: see `Backend`."""
-    grad_loss, grad_loss_stride = flat(grad_loss.to(accumulate_dtype(grad_logits.dtype)))
-    rows = native.row_params(
-        logits=grad_logits,
-        targets=None,
-        state=None,
-        options=TokenOptions(),
-        grad_loss=grad_loss,
-        grad_loss_stride=grad_loss_stride,
-        grad_logits=grad_logits,
-    )
+    rows, _kept = native.scale_params(grad_logits, grad_loss)
     with on_device(grad_logits):
         _C.cuda_scale_rows(rows, _split_launch(grad_logits))
 

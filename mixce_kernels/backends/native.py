@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixce_kernels.backends.layout import RowLayout, flat, reachable_layout
 from mixce_kernels.backends.results import Results
-from mixce_kernels.options import TokenOptions
+from mixce_kernels.options import TokenOptions, accumulate_dtype
 
 # After torch, which brings the OpenMP runtime that the extension shares.
 MISSING: str | None = None
@@ -88,6 +88,45 @@ def forward_params(
         correct=correct.data_ptr() if with_stats else 0,
     )
     return rows, forward, (targets, eta, grad_loss)
+
+
+def grad_params(
+    *,
+    logits: Tensor,  # [..., V]
+    targets: Tensor,  # [...]
+    state: Tensor,  # [STATE_WIDTH, ...]
+    grad_loss: Tensor,  # [...]
+    options: TokenOptions,
+    grad_logits: Tensor,  # [..., V]
+) -> tuple[_C.RowParams, tuple[Tensor, ...]]:
+    """The rows of a gradient, and the tensors that they point to: keep these until it has been launched."""
+    grad_loss, grad_loss_stride = flat(grad_loss.to(state.dtype))
+    targets, state = targets.contiguous(), state.contiguous()
+    rows = row_params(
+        logits=logits,
+        targets=targets,
+        state=state,
+        options=options,
+        grad_loss=grad_loss,
+        grad_loss_stride=grad_loss_stride,
+        grad_logits=grad_logits,
+    )
+    return rows, (targets, state, grad_loss)
+
+
+def scale_params(grad_logits: Tensor, grad_loss: Tensor) -> tuple[_C.RowParams, Tensor]:
+    """The rows of a gradient [..., V], and its factors [...]: keep these until it has been launched."""
+    grad_loss, grad_loss_stride = flat(grad_loss.to(accumulate_dtype(grad_logits.dtype)))
+    rows = row_params(
+        logits=grad_logits,
+        targets=None,
+        state=None,
+        options=TokenOptions(),
+        grad_loss=grad_loss,
+        grad_loss_stride=grad_loss_stride,
+        grad_logits=grad_logits,
+    )
+    return rows, grad_loss
 
 
 @functools.lru_cache(maxsize=1024)

@@ -209,3 +209,11 @@ def test_overlapping_windows_cannot_be_overwritten(kernels: str, device: str) ->
     positions = torch.zeros(4, dtype=torch.int64, device=device)
     with pytest.raises(ValueError, match="expected logits whose rows do not share memory"):
         fused_mixce_loss(windows, positions, backend=kernels, inplace_backward=True)
+
+
+def test_an_equal_float_is_no_class_index() -> None:
+    """Also after a call with the int, whose check is remembered."""
+    logits, targets = torch.randn(2, 5), torch.tensor([1, 2])
+    fused_mixce_loss(logits, targets, ignore_index=-7)
+    with pytest.raises(TypeError, match="expected ignore_index to be an int, got float"):
+        fused_mixce_loss(logits, targets, ignore_index=-7.0)
