@@ -9,6 +9,7 @@ its operands and writes its results; views and allocations cost nothing, and a g
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -127,8 +128,14 @@ def _held(one: Any) -> dict[str, int]:
 
 def _peak(step: Callable[[], Any]) -> tuple[int, int]:
     """Bytes allocated at the peak and left at the end, the result's included."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = step()
+    # What a collector of garbage has yet to free, or frees meanwhile, is no part of a step.
+    gc.collect()
+    gc.disable()
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+            result = step()
+    finally:
+        gc.enable()
     events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -253,10 +260,8 @@ def _count(name: str, ranks: int, columns: int) -> dict[str, Counted]:
                     getattr(one, step)()
                 total.add(counting.counted)
             if make is not _Around:
-                # The least of some tries: what a collector of garbage has yet to free is no part of a step.
-                tries = [_held(one) for _ in range(3)]
-                for step in STEPS:
-                    found[step].held_bytes = min(held[step] for held in tries)
+                for step, held_bytes in _held(one).items():
+                    found[step].held_bytes = held_bytes
     finally:
         dist.destroy_process_group()
     return found
