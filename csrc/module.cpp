@@ -94,11 +94,25 @@ void define_params(py::module_& m) {
                 field("options", &RowParams::options));
   define_copy(m, "row_params", field("logits", &RowParams::logits), field("targets", &RowParams::targets),
               field("grad_logits", &RowParams::grad_logits), field("grad_loss", &RowParams::grad_loss),
-              field("grad_loss_stride", &RowParams::grad_loss_stride), field("state", &RowParams::state));
+              field("grad_loss_stride", &RowParams::grad_loss_stride),
+              field("token_scale", &RowParams::token_scale),
+              field("token_scale_stride", &RowParams::token_scale_stride), field("state", &RowParams::state));
   define_record(m, "ForwardParams", "forward_params", field("eta", &ForwardParams::eta),
                 field("eta_stride", &ForwardParams::eta_stride),
-                field("eta_value", &ForwardParams::eta_value), field("loss", &ForwardParams::loss),
+                field("eta_value", &ForwardParams::eta_value), field("losses", &ForwardParams::losses),
                 field("stats", &ForwardParams::stats), field("correct", &ForwardParams::correct));
+  define_record(m, "ReductionParams", "reduction_params", field("losses", &ReductionParams::losses),
+                field("number", &ReductionParams::number), field("targets", &ReductionParams::targets),
+                field("targets_int64", &ReductionParams::targets_int64),
+                field("dtype", &ReductionParams::dtype),
+                field("ignore_index", &ReductionParams::ignore_index), field("sums", &ReductionParams::sums),
+                field("mean", &ReductionParams::mean), field("weights", &ReductionParams::weights),
+                field("weights_stride", &ReductionParams::weights_stride),
+                field("weights_dtype", &ReductionParams::weights_dtype),
+                field("num_items", &ReductionParams::num_items),
+                field("num_items_dtype", &ReductionParams::num_items_dtype),
+                field("num_items_value", &ReductionParams::num_items_value),
+                field("loss", &ReductionParams::loss), field("token_scale", &ReductionParams::token_scale));
 }
 
 void define_cpu(py::module_& m) {
@@ -107,6 +121,7 @@ void define_cpu(py::module_& m) {
                 field("streaming_stores", &CpuLaunch::streaming_stores));
   m.def("supported_isas", &supported_isas);
   m.def("cpu_forward", &cpu_forward, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_reduce", &cpu_reduce, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_logits_grad", &cpu_logits_grad, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_scale_rows", &cpu_scale_rows, py::call_guard<py::gil_scoped_release>());
 }
@@ -125,6 +140,7 @@ void define_cuda(py::module_& m) {
   m.def("cuda_state_bytes", [](int dtype) { return cuda_state_bytes(static_cast<DType>(dtype)); });
   m.def("cuda_partial_bytes", [](int dtype) { return cuda_partial_bytes(static_cast<DType>(dtype)); });
   m.def("cuda_forward", &cuda_forward, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_reduce", &cuda_reduce, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_logits_grad", &cuda_logits_grad, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_scale_rows", &cuda_scale_rows, py::call_guard<py::gil_scoped_release>());
 }

@@ -5,8 +5,15 @@
 
 namespace mixce {
 
-// Eight bytes wide, as all that a kernel's parameters consist of.
-enum class DType : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+// Eight bytes wide, as all that a kernel's parameters consist of. Logits are of the first four.
+enum class DType : int64_t {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kFloat64 = 3,
+  kInt32 = 4,
+  kInt64 = 5
+};
 
 // Storage types of half precision: bits alone.
 struct BFloat16 {
@@ -42,9 +49,12 @@ struct RowParams {
 
   void* grad_logits;  // [N, V], null where no gradient is wanted
   RowLayout grad_rows;
-  void* state;            // [kStateWidth, N]
-  const void* grad_loss;  // [N], float64 for float64 logits, else float32
+  void* state;  // [kStateWidth, N] or, in a forward that no gradient follows, null
+  // The upstream gradient of a token is the product of these two.
+  const void* grad_loss;  // [N], float64 for float64 logits, else float32; null: 1
   int64_t grad_loss_stride;
+  const double* token_scale;  // [N], of the loss's reduction; null: 1
+  int64_t token_scale_stride;
 };
 
 // What a forward reads and writes beside the rows.
@@ -52,9 +62,29 @@ struct ForwardParams {
   const void* eta;  // [N] or null; float32 or float64 like grad_loss
   int64_t eta_stride;
   double eta_value;
-  void* loss;     // [N]
+  void* losses;   // [N]
   void* stats;    // [kStatsWidth, N] or null
   bool* correct;  // [N] or null
+};
+
+// How the losses of tokens become the loss: each times its weight, then added up and divided.
+struct ReductionParams {
+  const void*
+      losses;  // [N], float64 for float64 logits, else float32; null where token_scale alone is wanted
+  int64_t number;
+  const void* targets;  // [N]
+  bool targets_int64;
+  DType dtype;  // of the logits
+  int64_t ignore_index;
+  bool sums, mean;      // "sum" and "mean" add up, "mean" divides
+  const void* weights;  // [N]; null: 1
+  int64_t weights_stride;
+  DType weights_dtype;
+  const void* num_items;  // what "mean" divides by; null: num_items_value
+  DType num_items_dtype;
+  double num_items_value;  // NaN: the weights of the tokens that are not ignored, added up
+  void* loss;              // of the type of losses: a number or, unless `sums`, [N]; null: not wanted
+  double* token_scale;     // a token's factor in the loss: a number or, with weights, [N]; null: not wanted
 };
 
 }  // namespace mixce

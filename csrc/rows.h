@@ -28,9 +28,20 @@ MIXCE_INLINE int64_t target_at(const RowParams& p, Index row) {
                          : static_cast<int64_t>(static_cast<const int32_t*>(p.targets)[row]);
 }
 
+// The upstream gradient of a token's own loss.
 template <typename Real, typename Index>
-MIXCE_INLINE Real grad_loss_at(const RowParams& p, Index row) {
-  return static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride];
+MIXCE_INLINE Real upstream_at(const RowParams& p, Index row) {
+  const Real grad_loss =
+      p.grad_loss == nullptr ? Real{1} : static_cast<const Real*>(p.grad_loss)[row * p.grad_loss_stride];
+  if (p.token_scale == nullptr) return grad_loss;
+  return static_cast<Real>(grad_loss * p.token_scale[row * p.token_scale_stride]);
+}
+
+// The factor of a row of the gradient: 1 where it is ignored, since NaN or infinity must not multiply zeros.
+template <typename Real, typename Index>
+MIXCE_INLINE Real row_factor_at(const RowParams& p, Index row) {
+  if (p.targets != nullptr && target_at(p, row) == p.options.ignore_index) return 1;
+  return upstream_at<Real>(p, row);
 }
 
 template <typename Real, typename Index>
@@ -48,8 +59,8 @@ MIXCE_INLINE void store_numbers(void* results, int64_t rows, Index row, const Nu
 template <typename Real, typename Index>
 MIXCE_INLINE void store_loss(const RowParams& p, const ForwardParams& f, Index row, double loss,
                              const Real (&state)[kStateWidth]) {
-  static_cast<Real*>(f.loss)[row] = static_cast<Real>(loss);
-  store_numbers<Real>(p.state, p.logits_rows.number, row, state);
+  static_cast<Real*>(f.losses)[row] = static_cast<Real>(loss);
+  if (p.state != nullptr) store_numbers<Real>(p.state, p.logits_rows.number, row, state);
 }
 
 template <typename Real, typename Index>

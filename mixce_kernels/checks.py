@@ -13,9 +13,14 @@ TARGET_DTYPES = (torch.int64, torch.int32)
 _PLAIN = frozenset((Tensor, Parameter, float, int, type(None)))
 
 
+def is_unwrapped(*values: object) -> bool:
+    """Whether no value is a tensor of a class of its own, which may wrap another."""
+    return _PLAIN.issuperset(map(type, values))
+
+
 def has_dtensor(*values: object) -> bool:
     """Whether a value is a tensor distributed over a mesh of devices."""
-    if _PLAIN.issuperset(map(type, values)):
+    if is_unwrapped(*values):
         return False
     try:
         from torch.distributed.tensor import DTensor

@@ -57,6 +57,7 @@ class Fields(Generic[R]):
                 self.names += within.names
                 self._schemas += within._schemas
         self._tensors = [i for i, schema in enumerate(self._schemas) if schema.startswith("Tensor")]
+        self.tensor_names = [self.names[i] for i in self._tensors]
 
     def schema(self, writes: str | None = None) -> str:
         """The arguments of an operator that writes to the one of that name."""
@@ -80,9 +81,9 @@ class Fields(Generic[R]):
             values = (*values[:i], within.of(values[i:end]), *values[end:])
         return self.record(*values)
 
-    def tensors(self, values: tuple[Any, ...]) -> list[Tensor]:
-        """The tensors among arguments in a row."""
-        return [values[i] for i in self._tensors if values[i] is not None]
+    def tensors(self, values: tuple[Any, ...]) -> list[Tensor | None]:
+        """The tensors among arguments in a row, and None where one may be missing and is."""
+        return [values[i] for i in self._tensors]
 
     def with_tensors(self, values: Sequence[Any], tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
         """Arguments in a row with these in the places of tensors."""
@@ -94,10 +95,10 @@ class Fields(Generic[R]):
     def save(self, ctx: Any, record: R, *others: Tensor | None) -> None:
         """Keeps a record, and other tensors, for backward: its tensors under whatever hooks there are."""
         values = self.flat(record)
-        ctx.save_for_backward(*[values[i] for i in self._tensors], *others)
+        ctx.save_for_backward(*self.tensors(values), *others)
         ctx.values = self.with_tensors(values, (None,) * len(self._tensors))
 
-    def saved(self, ctx: Any) -> tuple[R, tuple[Tensor, ...]]:
+    def saved(self, ctx: Any) -> tuple[R, tuple[Any, ...]]:
         """The record that was kept, and the other tensors."""
         tensors = ctx.saved_tensors  # once: a checkpoint's hooks recompute them
         return self.of(self.with_tensors(ctx.values, tensors)), tensors[len(self._tensors) :]
@@ -127,7 +128,8 @@ class Operator(Generic[R]):
         self.kernel = kernel
         self.fields: Fields[R] = Fields(record)
         library.define(f"{self.name}({self.fields.schema(writes)}) -> ({returns})")
-        library.impl(self.name, self._of_values(kernel), "CompositeExplicitAutograd")
+        self.of_values = self._of_values(kernel)
+        library.impl(self.name, self.of_values, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", self._of_values(fake), lib=library)
         # By way of the dispatcher, with the arguments in a row.
         self.dispatched = getattr(getattr(torch.ops, NAMESPACE), self.name)
@@ -135,12 +137,15 @@ class Operator(Generic[R]):
     def _of_values(self, function: Callable[[R], Any]) -> Callable[..., Any]:
         def of_values(*values: Any) -> Any:
             result = function(self.fields.of(values))
-            return tuple(result) if isinstance(result, tuple) else result
+            if not isinstance(result, tuple):
+                return result
+            # A schema has no results that may be missing: these are [0] here.
+            return tuple(result[0].new_empty(0) if one is None else one for one in result)
 
         return of_values
 
     def __call__(self, record: R) -> Any:
-        """The kernel itself, which autograd does not see."""
+        """The kernel itself, which autograd does not see; None for results that were not asked for."""
         return self.kernel(record)
 
 
@@ -171,9 +176,9 @@ class Differentiable(Generic[R]):
         def context_of_values(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             context(ctx, fields.of(inputs), output)
 
-        # The record comes after its values, and need not be made of them.
-        def kernel_with_context(ctx: Any, *values: Any) -> Any:
-            record = values[-1]
+        # Autograd looks at the tensors alone; the record, which has them too, comes last.
+        def kernel_with_context(ctx: Any, *tensors_and_record: Any) -> Any:
+            record = tensors_and_record[-1]
             output = operator.kernel(record)
             context(ctx, record, output)
             return output
@@ -181,8 +186,8 @@ class Differentiable(Generic[R]):
         def all_grads(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             return tuple(map(backward(ctx, *grads).get, fields.names))
 
-        def grads_of_node(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            return *all_grads(ctx, *grads), None
+        def grads_of_tensors(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            return *map(backward(ctx, *grads).get, fields.tensor_names), None
 
         def batched(info: Any, in_dims: tuple[int | None, ...], *values: Any) -> Any:
             dims = dict(zip(fields.names, in_dims, strict=True))
@@ -193,11 +198,11 @@ class Differentiable(Generic[R]):
         torch.library.register_vmap(name, batched, lib=library)
         self.operator = operator
         self.fields = fields
-        self.node = _function(operator.name, forward=kernel_with_context, backward=grads_of_node)
+        self.node = _function(operator.name, forward=kernel_with_context, backward=grads_of_tensors)
         # The form that torch.func asks for; it inspects its own signature at each call, which is slow.
         self.transformable_node = _function(
             operator.name,
-            forward=lambda *values: operator.kernel(fields.of(values)),
+            forward=operator.of_values,
             setup_context=context_of_values,
             backward=all_grads,
             vmap=batched,
@@ -211,6 +216,8 @@ class Differentiable(Generic[R]):
         tensors = self.fields.tensors(values)
         copies = differentiate = False
         for tensor in tensors:
+            if tensor is None:
+                continue
             if type(tensor) not in (Tensor, Parameter) or _is_batch_of_grads(tensor):
                 return self.operator.dispatched(*values)
             copies = copies or needs_copy(tensor)
@@ -218,12 +225,17 @@ class Differentiable(Generic[R]):
         if torch._C._are_functorch_transforms_active():
             return self.transformable_node.apply(*values)
         if copies:
-            values = tuple(materialized(value) if isinstance(value, Tensor) else value for value in values)
-            record = self.fields.of(values)
+            tensors = [None if tensor is None else materialized(tensor) for tensor in tensors]
+            record = self.fields.of(self.fields.with_tensors(values, tensors))
         # In forward mode a node says that it has no such derivative; a kernel would lose it silently.
         if (differentiate and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-            return self.node.apply(*values, record)
+            return self.node.apply(*tensors, record)
         return self.operator.kernel(record)
+
+
+def given(result: Tensor | None) -> Tensor | None:
+    """A result that may be missing, from an operator: None where it is, also where the dispatcher has [0] for it."""
+    return None if result is None or result.shape == (0,) else result
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""From tokens' losses to the loss: weights, divisor and sum.
+"""From tokens' losses to the loss: weights, divisor and sum, as a record for the kernels and as the formula in PyTorch.
 
 Factors, sums and quotients of tokens are float64: beside a vocabulary that is free, and the loss is rounded once.
 """
@@ -12,52 +12,61 @@ from torch import Tensor
 
 from mixce_kernels.options import LossOptions
 
+# What the kernels read one number of.
+NUMBER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
+
 
 class Reduction(NamedTuple):
     """What is done to the tokens' losses [...]: multiplied by the weights, added up, divided."""
 
-    name: str
-    weights: Tensor | None  # [...] float64, 0 where ignored
-    divisor: float | Tensor | None  # a number or a 0-d tensor, never 0
+    kind: str = "none"  # one of `options.REDUCTIONS`
+    weights: Tensor | None = None  # [...] of a floating type; whatever stands at an ignored token does not matter
+    num_items: Tensor | None = None  # [], what "mean" divides by
+    num_items_value: float | None = None  # used where num_items is None; None: the valid tokens' weights, added up
 
     @classmethod
-    def of(cls, options: LossOptions, targets: Tensor, ignore_index: int) -> Reduction:
+    def of(cls, options: LossOptions, targets: Tensor) -> Reduction:
         """The reduction that the options ask for, which have passed `LossOptions.check_reduction`."""
-        weights = None
-        if options.token_weights is not None:
-            # Whatever stands at an ignored token does not matter.
-            weights = torch.where(targets != ignore_index, options.token_weights.detach().double(), 0.0)
-        divisor = None
-        if options.reduction == "mean":
-            divisor = _divisor(targets, ignore_index, weights, options.num_items_in_batch)
-        return cls(options.reduction, weights, divisor)
+        num_items = options.num_items_in_batch
+        if num_items is not None and (isinstance(num_items, Tensor) or torch.compiler.is_compiling()):
+            if not isinstance(num_items, Tensor):
+                # As a sum: an operator would have a number baked in that the compiler traces as a symbol.
+                num_items = torch.zeros((), dtype=torch.float64, device=targets.device) + num_items
+            dtype = num_items.dtype if num_items.dtype in NUMBER_DTYPES else torch.float64
+            num_items = num_items.reshape(()).to(targets.device, dtype, non_blocking=True)
+            return cls(options.reduction, options.token_weights, num_items)
+        return cls(options.reduction, options.token_weights, None, None if num_items is None else float(num_items))
 
-    def token_scale(self, targets: Tensor) -> Tensor:
-        """The factor of each token's loss in the result, [...] float64 in targets' shape."""
-        scale = torch.ones((), dtype=torch.float64, device=targets.device) if self.weights is None else self.weights
-        return (scale if self.divisor is None else scale / self.divisor).expand(targets.shape)
+    @property
+    def sums(self) -> bool:
+        """Whether the loss is one number."""
+        return self.kind != "none"
 
-    def apply(self, loss: Tensor) -> Tensor:
-        """The loss, of tokens' losses [...]."""
-        loss = loss if self.weights is None else loss * self.weights
-        loss = loss if self.name == "none" else loss.sum(dtype=torch.float64)
-        return loss if self.divisor is None else loss / self.divisor
+    @property
+    def scales_tokens(self) -> bool:
+        """Whether a token's loss has a factor in the result."""
+        return self.kind == "mean" or self.weights is not None
 
-    def sum_of(self, scaled_loss: Tensor) -> Tensor:
-        """The loss, of tokens' losses [...] that were multiplied by `token_scale` before."""
-        return scaled_loss if self.name == "none" else scaled_loss.sum()
+    @property
+    def is_identity(self) -> bool:
+        """Whether the tokens' losses are the result."""
+        return self.kind == "none" and self.weights is None
+
+    def apply(self, losses: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+        """The loss of the tokens' losses [...], by PyTorch."""
+        if self.is_identity:
+            return losses
+        valid = targets != ignore_index
+        weights = valid.double() if self.weights is None else torch.where(valid, self.weights.double(), 0.0)
+        loss = losses.double() * weights
+        if self.sums:
+            loss = loss.sum()
+        if self.kind == "mean":
+            divisor = weights.sum() if self.num_items_value is None else weights.new_tensor(self.num_items_value)
+            divisor = divisor if self.num_items is None else self.num_items.double()
+            loss = loss / torch.where(divisor == 0, 1.0, divisor)
+        return loss.to(losses.dtype)
 
 
-def _divisor(
-    targets: Tensor, ignore_index: int, weights: Tensor | None, num_items_in_batch: float | Tensor | None
-) -> float | Tensor:
-    """What "mean" divides by, a number or a 0-d tensor; 1 instead of 0."""
-    if num_items_in_batch is None:
-        if weights is None:
-            return (targets != ignore_index).sum().clamp(min=1)
-        divisor = weights.sum()
-    elif isinstance(num_items_in_batch, Tensor):
-        divisor = num_items_in_batch.detach().reshape(()).to(targets.device, torch.float64, non_blocking=True)
-    else:
-        return num_items_in_batch or 1.0
-    return torch.where(divisor == 0, 1.0, divisor)
+# Once a forward has made tokens' factors of a reduction, nobody reads it again.
+NO_REDUCTION = Reduction()

@@ -103,41 +103,46 @@ def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
     from mixce_kernels import backends
     from mixce_kernels.backends.results import Results
     from mixce_kernels.options import TokenOptions, accumulate_dtype
+    from mixce_kernels.reduction import NO_REDUCTION
 
     dtype, option = getattr(torch, case.dtype), OPTIONS[case.option]
     real, options = accumulate_dtype(dtype), TokenOptions(**dict(option.token_options))  # type: ignore[arg-type]
-    n_rows, n_stats = case.rows, case.rows if option.stats else 0
+    n_rows = case.rows
     logits = (3 * torch.randn(n_rows, case.vocab)).to(dtype)
     targets = torch.randint(0, case.vocab, (n_rows,))
     eta = torch.rand(n_rows, dtype=real) if option.eta_tensor else None
-    loss, state, grad_loss = (torch.full(size, 1 / n_rows, dtype=real) for size in ((n_rows,), (5, n_rows), (n_rows,)))
-    stats = torch.empty((5, n_rows) if option.stats else 0, dtype=real)
-    correct = torch.empty(n_stats, dtype=torch.bool)
+    losses, state = torch.empty(n_rows, dtype=real), torch.empty((5, n_rows), dtype=real)
+    # As of the mean.
+    grad_loss, factor = torch.ones((), dtype=real), torch.full((), 3.0, dtype=real)
+    token_scale = torch.full((), 1 / n_rows, dtype=torch.float64)
+    stats = torch.empty((5, n_rows), dtype=real) if option.stats else None
+    correct = torch.empty(n_rows, dtype=torch.bool) if option.stats else None
     memory = torch.empty(logits.numel() + option.grad_offset, dtype=dtype)
     grad_logits = memory[option.grad_offset :].view_as(logits)
-    tensors = [logits, targets, loss, state, stats, correct, grad_loss, memory]
-    backend, results = backends.get(case.backend), Results(loss, state, stats, correct)
+    maybe = (logits, targets, losses, state, stats, correct, grad_loss, factor, token_scale, memory, eta)
+    tensors = [tensor for tensor in maybe if tensor is not None]
+    backend, results = backends.get(case.backend), Results(losses, None, state, stats, correct, losses)
 
     def take(step: str) -> None:
         if step == "forward":
-            backend.forward(logits, targets, eta, 0.5, options, results, None, None)
+            backend.forward(logits, targets, eta, 0.5, options, NO_REDUCTION, results, None, None)
         elif step == "backward":
-            backend.logits_grad(logits, targets, state, grad_loss, options, grad_logits)
+            backend.logits_grad(logits, targets, state, grad_loss, token_scale, options, grad_logits)
         elif step == "grad_in_forward":
-            backend.forward(logits, targets, eta, 0.5, options, results, grad_loss, grad_logits)
+            backend.forward(logits, targets, eta, 0.5, options, NO_REDUCTION, results, token_scale, grad_logits)
         else:
-            backend.scale_rows_(grad_logits, 3 + grad_loss)
+            backend.scale_rows_(grad_logits, factor, targets, options.ignore_index)
 
     # In this order: a backward wants the state of a forward.
     for step in (step for step in STEPS if step in case.steps):
-        runtime.begin(tensors if eta is None else [*tensors, eta])
+        runtime.begin(tensors)
         take(step)
         if runtime.counts:
             yield {"count": dataclasses.asdict(count_of(case, step, runtime.launches()))}
         one_step = dataclasses.replace(case, steps=(step,))
         yield from ({"registers": dataclasses.asdict(one)} for one in runtime.registers(one_step))
     if runtime.counts:
-        assert loss.isfinite().all(), f"{case} has losses that are not finite"
+        assert losses.isfinite().all(), f"{case} has losses that are not finite"
 
 
 def main() -> None:

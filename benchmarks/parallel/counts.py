@@ -34,6 +34,7 @@ from mixce_kernels.backends.results import empty_results
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel.backend import ShardBackend
 from mixce_kernels.parallel.shard import Shard
+from mixce_kernels.reduction import NO_REDUCTION
 from parallel.baseline import three_all_reduces
 
 OURS, LOSS_PARALLEL, THREE_ALL_REDUCES = "vocab_parallel_mixce_loss", "loss_parallel", "three-all-reduces"
@@ -159,6 +160,9 @@ class _NoKernels:
     def logits_grad(self, *_: Any) -> None:
         pass
 
+    def reduce(self, *_: Any) -> None:
+        pass
+
     def scale_rows_(self, *_: Any) -> None:
         pass
 
@@ -170,15 +174,15 @@ class _Ours:
         self.logits = torch.randn(N_ROWS, columns, dtype=torch.bfloat16)
         self.targets = torch.randint(columns, (N_ROWS,))
         self.shard = ShardBackend(_NoKernels(), Shard(_world().group_name, 0, None, check_group=False))
-        self.results: tuple[Tensor, ...] = ()
 
     def forward(self) -> None:
-        self.results = empty_results(self.logits, self.targets, False)
-        self.shard.forward(self.logits, self.targets, None, 0.5, TokenOptions(), self.results, None, None)
+        self.results = empty_results(self.logits, self.targets, NO_REDUCTION, with_state=True, with_stats=False)
+        self.shard.forward(self.logits, self.targets, None, 0.5, TokenOptions(), NO_REDUCTION, self.results, None, None)
 
     def backward(self) -> Tensor:
-        grad, grad_loss = torch.empty_like(self.logits), self.results[0]
-        self.shard.logits_grad(self.logits, self.targets, self.results[1], grad_loss, TokenOptions(), grad)
+        grad, state = torch.empty_like(self.logits), self.results.state
+        assert state is not None
+        self.shard.logits_grad(self.logits, self.targets, state, self.results.loss, None, TokenOptions(), grad)
         return grad
 
 

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "../reduction.h"
 #include "../rows.h"
 #include "row_kernel_table.h"
 
@@ -65,6 +66,23 @@ void parallel_rows(int64_t rows, const CpuLaunch& launch, Work work) {
   }
 }
 
+// By one thread, in runs, so that the sum of many tokens stays accurate.
+template <typename Real>
+void reduce(const ReductionParams& r) {
+  constexpr int64_t kRun = 512;
+  Totals totals = {};
+  for (int64_t begin = 0; begin < r.number; begin += kRun) {
+    Totals part = {};
+    const int64_t end = std::min(begin + kRun, r.number);
+    for (int64_t token = begin; token < end; ++token) add_token<Real>(r, token, part);
+    add_totals(totals, part);
+  }
+  const double divisor = divisor_of(r, totals);
+  store_total<Real>(r, totals, divisor);
+  if (!stores_tokens(r)) return;
+  for (int64_t token = 0; token < r.number; ++token) store_token<Real>(r, token, divisor);
+}
+
 }  // namespace
 
 std::vector<std::string> supported_isas() {
@@ -75,7 +93,8 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
-int64_t cpu_forward(const RowParams& params, const ForwardParams& forward, const CpuLaunch& launch) {
+int64_t cpu_forward(const RowParams& params, const ForwardParams& forward, const ReductionParams* reduction,
+                    const CpuLaunch& launch) {
   const int64_t rows = params.logits_rows.number;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t target = target_at(params, row);
@@ -87,7 +106,12 @@ int64_t cpu_forward(const RowParams& params, const ForwardParams& forward, const
     kernel(params, forward, launch.streaming_stores, bytes == 0 ? nullptr : thread_scratch(bytes), begin,
            end);
   });
+  if (reduction != nullptr) cpu_reduce(*reduction);
   return -1;
+}
+
+void cpu_reduce(const ReductionParams& params) {
+  params.dtype == DType::kFloat64 ? reduce<double>(params) : reduce<float>(params);
 }
 
 void cpu_logits_grad(const RowParams& params, const CpuLaunch& launch) {

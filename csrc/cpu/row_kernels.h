@@ -88,13 +88,13 @@ void grad_rows(const RowParams& p, bool streaming_stores, int64_t begin, int64_t
   }
 }
 
-// Rows [begin, end) of the gradient times grad_loss, in place; a factor of 1 leaves a row alone.
+// Rows [begin, end) of the gradient times their factors, in place; a factor of 1 leaves a row alone.
 template <typename T>
 void scale_rows(const RowParams& p, int64_t begin, int64_t end) {
   using V = typename VectorFor<T>::Type;
   using Real = typename V::Real;
   for (int64_t row = begin; row < end; ++row) {
-    const Real factor = static_cast<Real>(canonical(grad_loss_at<Real>(p, row)));
+    const Real factor = static_cast<Real>(canonical(row_factor_at<Real>(p, row)));
     if (factor == 1) continue;
     T* grad = grad_row<T>(p, row);
     const int64_t aligned = elements_to_alignment<V>(grad);

@@ -1,36 +1,10 @@
-// The conversion of half precision, one at a time. Internal linkage throughout: see mixce_math.h.
+// The rounding to storage types, one number at a time. Internal linkage throughout: see mixce_math.h.
 #pragma once
 
-#include <stdint.h>
-#include <string.h>
-
-#include "../mixce_math.h"
-#include "../params.h"
+#include "../numbers.h"
 
 namespace mixce {
 namespace {
-
-MIXCE_INLINE uint32_t bits_of(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  return bits;
-}
-MIXCE_INLINE float float_of(uint32_t bits) {
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return value;
-}
-
-MIXCE_INLINE float to_real(float value) { return value; }
-MIXCE_INLINE double to_real(double value) { return value; }
-MIXCE_INLINE float to_real(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
-MIXCE_INLINE float to_real(Half value) {
-  const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  const uint32_t rest = value.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return float_of(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
-  // The exponent's bias moves by 112; the multiplication also makes subnormals normal.
-  return float_of(sign | bits_of(float_of(rest << 13) * 0x1p112f));
-}
 
 MIXCE_INLINE void from_real(float value, float* out) { *out = value; }
 MIXCE_INLINE void from_real(double value, double* out) { *out = value; }

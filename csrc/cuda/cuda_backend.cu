@@ -2,6 +2,7 @@
 
 #include "cuda_backend.h"
 #include "launch.h"
+#include "reduction.cuh"
 #include "row_kernels.cuh"
 
 namespace mixce {
@@ -33,10 +34,11 @@ void with_bool(bool value, Body body) {
   value ? body(std::true_type()) : body(std::false_type());
 }
 
+cudaStream_t stream_of(const CudaLaunch& launch) { return reinterpret_cast<cudaStream_t>(launch.stream); }
+
 LaunchConfig config_of(const RowParams& params, const CudaLaunch& launch, int cluster, int shared_bytes) {
   check_cuda(cudaSetDevice(launch.device), "selecting the device");
-  return {params.logits_rows.number * launch.parts, kThreads, cluster, shared_bytes,
-          reinterpret_cast<cudaStream_t>(launch.stream)};
+  return {params.logits_rows.number * launch.parts, kThreads, cluster, shared_bytes, stream_of(launch)};
 }
 
 template <typename T, bool kCap, bool kMoments>
@@ -109,7 +111,8 @@ int cuda_partial_bytes(DType dtype) {
   });
 }
 
-void cuda_forward(const RowParams& params, const ForwardParams& forward_params, const CudaLaunch& launch) {
+void cuda_forward(const RowParams& params, const ForwardParams& forward_params,
+                  const ReductionParams* reduction, const CudaLaunch& launch) {
   with_type(params.dtype, [&](auto tag) {
     with_bool(has_softcap(params.options), [&](auto cap) {
       with_bool(needs_moments(params.options) || forward_params.stats != nullptr, [&](auto moments) {
@@ -117,6 +120,13 @@ void cuda_forward(const RowParams& params, const ForwardParams& forward_params, 
       });
     });
   });
+  if (reduction != nullptr) cuda_reduce(*reduction, launch);
+}
+
+void cuda_reduce(const ReductionParams& params, const CudaLaunch& launch) {
+  check_cuda(cudaSetDevice(launch.device), "selecting the device");
+  mixce::launch(params.dtype == DType::kFloat64 ? reduction_kernel<double> : reduction_kernel<float>,
+                {1, kReductionThreads, 1, 0, stream_of(launch)}, params);
 }
 
 void cuda_logits_grad(const RowParams& params, const CudaLaunch& launch) {

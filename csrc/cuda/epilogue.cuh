@@ -28,7 +28,7 @@ __device__ __forceinline__ Target target_of(const RowParams& p, uint32_t row) {
 template <bool kCap, typename Real>
 __device__ __forceinline__ GradTerms<Real> pass_2_terms(const RowParams& p, uint32_t row,
                                                         const Real (&state)[kStateWidth], Real x_target) {
-  const auto terms = grad_terms<Real>(state, grad_loss_at<Real>(p, row), p.options);
+  const auto terms = grad_terms<Real>(state, upstream_at<Real>(p, row), p.options);
   Real t = static_cast<Real>(terms.t);
   if constexpr (kCap) t *= capped(x_target, softcap_of<Real>(p.options)).slope;
   return {state[0], static_cast<Real>(terms.k), static_cast<Real>(terms.c), t};

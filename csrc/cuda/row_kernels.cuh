@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, true>))
   using Real = typename F::Real;
   const RowParams p = ptx::read_at_entry(row_params);
   const uint32_t row = blockIdx.x / launch.parts;
-  const Real factor = loaded_once([&] { return grad_loss_at<Real>(p, row); });
+  const Real factor = loaded_once([&] { return row_factor_at<Real>(p, row); });
   if (factor == 1) return;
   T* const grad = grad_row<T>(p, row);
   auto scaled = [&](auto value) {

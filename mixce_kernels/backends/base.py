@@ -8,10 +8,11 @@ from torch import Tensor
 
 from mixce_kernels.backends.results import Results
 from mixce_kernels.options import TokenOptions
+from mixce_kernels.reduction import Reduction
 
 
 class Backend(Protocol):
-    """Four functions over tensors that were checked before; a module may be one."""
+    """Five functions over tensors that were checked before; a module may be one."""
 
     @property
     def checks_targets(self) -> bool:
@@ -27,27 +28,46 @@ class Backend(Protocol):
         eta: Tensor | None,  # [...] of any float type, any strides
         eta_value: float,  # used where eta is None
         options: TokenOptions,
+        reduction: Reduction,
         results: Results,  # written
-        grad_loss: Tensor | None,  # [...], any strides, with grad_logits
+        token_scale: Tensor | None,  # float64 [] or [...], with grad_logits: the upstream gradient; None: 1
         grad_logits: Tensor | None,  # [..., V], written; may be the logits themselves
     ) -> None:
-        """Loss, state and statistics of each token, and with `grad_logits` its gradient times `grad_loss`.
+        """Losses, state and statistics of the tokens, with `grad_logits` their gradients, and `reduce` of the losses.
 
         Raises:
             IndexError: a target is out of range, with `checks_targets`; nothing has been written then. Other backends
                 write NaN into that row's results.
         """
 
+    def reduce(
+        self,
+        targets: Tensor,  # [...]
+        ignore_index: int,
+        reduction: Reduction,
+        losses: Tensor | None,  # [...], the tokens' own
+        loss: Tensor | None,  # [] or [...], written; with losses
+        token_scale: Tensor | None,  # float64 [] or [...], written; None: not wanted
+    ) -> None:
+        """The loss of the tokens' losses, and each token's factor in it."""
+
     def logits_grad(
         self,
         logits: Tensor,  # [..., V], last stride 1
         targets: Tensor,  # [...]
         state: Tensor,  # [STATE_WIDTH, ...]
-        grad_loss: Tensor,  # [...], any strides
+        grad_loss: Tensor | None,  # [], or [...] of any strides; None: 1
+        token_scale: Tensor | None,  # float64 [] or [...]; None: 1
         options: TokenOptions,
         grad_logits: Tensor,  # [..., V], written; may be the logits themselves
     ) -> None:
-        """The gradient of sum(grad_loss * loss) by the logits, rounded once."""
+        """The gradient of sum(grad_loss * token_scale * losses) by the logits, rounded once."""
 
-    def scale_rows_(self, grad_logits: Tensor, grad_loss: Tensor) -> None:
-        """Multiplies row i of grad_logits [..., V] by grad_loss[i] in place; rows whose factor is 1 are not read."""
+    def scale_rows_(
+        self,
+        grad_logits: Tensor,  # [..., V]
+        grad_loss: Tensor,  # [], or [...] of any strides
+        targets: Tensor | None,  # [...]; None: no row is ignored
+        ignore_index: int,
+    ) -> None:
+        """Multiplies row i by grad_loss[i] in place, unless it is ignored; rows whose factor is 1 are not read."""

@@ -12,6 +12,7 @@ from mixce_kernels.backends import native
 from mixce_kernels.backends.results import Results
 from mixce_kernels.checks import raise_bad_target
 from mixce_kernels.options import TokenOptions
+from mixce_kernels.reduction import Reduction
 
 if native.MISSING is None:
     from mixce_kernels import _C
@@ -39,11 +40,13 @@ def forward(
     eta: Tensor | None,  # [...]
     eta_value: float,
     options: TokenOptions,
+    reduction: Reduction,
     results: Results,
-    grad_loss: Tensor | None,  # [...]
+    token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
+    targets = targets.contiguous()
     rows, forward, _kept = native.forward_params(
         logits=logits,
         targets=targets,
@@ -51,32 +54,79 @@ def forward(
         eta_value=eta_value,
         options=options,
         results=results,
-        grad_loss=grad_loss,
+        token_scale=token_scale,
         grad_logits=grad_logits,
     )
-    bad_row = _C.cpu_forward(rows, forward, _launch(logits, grad_logits))
+    reduced, _kept_too = (
+        (None, None)
+        if reduction.is_identity
+        else native.reduction_params(
+            targets=targets,
+            ignore_index=options.ignore_index,
+            reduction=reduction,
+            losses=results.losses,
+            loss=results.loss,
+            token_scale=results.token_scale,
+        )
+    )
+    bad_row = _C.cpu_forward(rows, forward, reduced, _launch(logits, grad_logits))
     if bad_row >= 0:
         raise_bad_target(bad_row, targets, options.ignore_index, logits.shape[-1])
+
+
+def reduce(
+    targets: Tensor,  # [...]
+    ignore_index: int,
+    reduction: Reduction,
+    losses: Tensor | None,  # [...]
+    loss: Tensor | None,  # [] or [...]
+    token_scale: Tensor | None,  # [] or [...]
+) -> None:
+    """The loss of the tokens' losses, and their factors in it: see `Backend`."""
+    targets = targets.contiguous()
+    params, _kept = native.reduction_params(
+        targets=targets,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        losses=losses,
+        loss=loss,
+        token_scale=token_scale,
+    )
+    _C.cpu_reduce(params)
 
 
 def logits_grad(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
     state: Tensor,  # [STATE_WIDTH, ...]
-    grad_loss: Tensor,  # [...]
+    grad_loss: Tensor | None,  # [] or [...]
+    token_scale: Tensor | None,  # [] or [...]
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
 ) -> None:
     """The gradient from the state of the forward: see `Backend`."""
     rows, _kept = native.grad_params(
-        logits=logits, targets=targets, state=state, grad_loss=grad_loss, options=options, grad_logits=grad_logits
+        logits=logits,
+        targets=targets,
+        state=state,
+        grad_loss=grad_loss,
+        token_scale=token_scale,
+        options=options,
+        grad_logits=grad_logits,
     )
     _C.cpu_logits_grad(rows, _launch(logits, grad_logits))
 
 
-def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
+def scale_rows_(
+    grad_logits: Tensor,  # [..., V]
+    grad_loss: Tensor,  # [] or [...]
+    targets: Tensor | None,  # [...]
+    ignore_index: int,
+) -> None:
     """Scales the rows of a gradient in place: see `Backend`."""
-    rows, _kept = native.scale_params(grad_logits, grad_loss)
+    rows, _kept = native.scale_params(
+        grad_logits=grad_logits, grad_loss=grad_loss, targets=targets, ignore_index=ignore_index
+    )
     _C.cpu_scale_rows(rows, _launch(grad_logits, grad_logits))
 
 
@@ -86,8 +136,10 @@ def isa() -> str:
     Raises:
         RuntimeError: `MIXCE_CPU_ISA` names one that this machine does not run.
     """
-    forced = os.environ.get("MIXCE_CPU_ISA")
-    return _supported_isas()[0] if not forced else _checked_isa(forced)
+    # Asked twice, since a miss of `get` takes a microsecond.
+    if os.environ.get("MIXCE_CPU_ISA"):
+        return _checked_isa(os.environ["MIXCE_CPU_ISA"])
+    return _supported_isas()[0]
 
 
 @functools.cache

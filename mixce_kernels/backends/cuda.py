@@ -20,6 +20,7 @@ from mixce_kernels.backends.devices import device_index, on_device, unsuited_to_
 from mixce_kernels.backends.layout import aligned_alike, reachable_layout
 from mixce_kernels.backends.results import Results
 from mixce_kernels.options import TokenOptions
+from mixce_kernels.reduction import Reduction
 
 if native.HAS_CUDA:
     from mixce_kernels import _C
@@ -53,11 +54,13 @@ def forward(
     eta: Tensor | None,  # [...]
     eta_value: float,
     options: TokenOptions,
+    reduction: Reduction,
     results: Results,
-    grad_loss: Tensor | None,  # [...]
+    token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
+    targets = targets.contiguous()
     layout = reachable_layout(logits)
     dtype = native.DTYPES[logits.dtype]
     state_bytes = _C.cuda_state_bytes(dtype)
@@ -77,40 +80,88 @@ def forward(
         eta_value=eta_value,
         options=options,
         results=results,
-        grad_loss=None if launch.grad_apart else grad_loss,
+        token_scale=token_scale,
         grad_logits=None if launch.grad_apart else grad_logits,
+    )
+    reduced, _kept_too = (
+        (None, None)
+        if reduction.is_identity
+        else native.reduction_params(
+            targets=targets,
+            ignore_index=options.ignore_index,
+            reduction=reduction,
+            losses=results.losses,
+            loss=results.loss,
+            token_scale=results.token_scale,
+        )
     )
     partials = None
     if launch.n_partials > 0:
         size = launch.n_partials * _C.cuda_partial_bytes(dtype)
         partials = torch.empty(size, dtype=torch.uint8, device=logits.device)
     with on_device(logits):
-        _C.cuda_forward(rows, forward_params, _launch(logits, launch.rows, state_bytes, partials))
+        _C.cuda_forward(rows, forward_params, reduced, _launch(logits, launch.rows, state_bytes, partials))
     if launch.grad_apart:
-        assert grad_loss is not None
         assert grad_logits is not None
-        logits_grad(logits, targets, results.state, grad_loss, options, grad_logits)
+        assert results.state is not None
+        logits_grad(logits, targets, results.state, None, token_scale, options, grad_logits)
+
+
+def reduce(
+    targets: Tensor,  # [...]
+    ignore_index: int,
+    reduction: Reduction,
+    losses: Tensor | None,  # [...]
+    loss: Tensor | None,  # [] or [...]
+    token_scale: Tensor | None,  # [] or [...]
+) -> None:
+    """The loss of the tokens' losses, and their factors in it: see `Backend`."""
+    targets = targets.contiguous()
+    params, _kept = native.reduction_params(
+        targets=targets,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        losses=losses,
+        loss=loss,
+        token_scale=token_scale,
+    )
+    with on_device(targets):
+        _C.cuda_reduce(params, _launch(targets, RowLaunch(1), 0))
 
 
 def logits_grad(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
     state: Tensor,  # [STATE_WIDTH, ...]
-    grad_loss: Tensor,  # [...]
+    grad_loss: Tensor | None,  # [] or [...]
+    token_scale: Tensor | None,  # [] or [...]
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
 ) -> None:
     """The gradient from the state of the forward: see `Backend`."""
     rows, _kept = native.grad_params(
-        logits=logits, targets=targets, state=state, grad_loss=grad_loss, options=options, grad_logits=grad_logits
+        logits=logits,
+        targets=targets,
+        state=state,
+        grad_loss=grad_loss,
+        token_scale=token_scale,
+        options=options,
+        grad_logits=grad_logits,
     )
     with on_device(logits):
         _C.cuda_logits_grad(rows, _split_launch(logits))
 
 
-def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
+def scale_rows_(
+    grad_logits: Tensor,  # [..., V]
+    grad_loss: Tensor,  # [] or [...]
+    targets: Tensor | None,  # [...]
+    ignore_index: int,
+) -> None:
     """Scales the rows of a gradient in place: see `Backend`."""
-    rows, _kept = native.scale_params(grad_logits, grad_loss)
+    rows, _kept = native.scale_params(
+        grad_logits=grad_logits, grad_loss=grad_loss, targets=targets, ignore_index=ignore_index
+    )
     with on_device(grad_logits):
         _C.cuda_scale_rows(rows, _split_launch(grad_logits))
 

@@ -74,10 +74,17 @@ def materialized(tensor: Tensor) -> Tensor:
     return tensor.clone() if needs_copy(tensor) else tensor
 
 
-def flat(tensor: Tensor) -> tuple[Tensor, int]:
-    """A per-token tensor [...] as N entries and the stride between them, 0 if broadcast: copies N numbers at most."""
+def entries(tensor: Tensor) -> tuple[Tensor, int]:
+    """A tensor with one number for all tokens [] or one each [...], as entries and the stride between them.
+
+    Copies N numbers at most.
+    """
+    if tensor.numel() == 1:
+        return tensor, 0
+    if tensor.is_contiguous():
+        return tensor, 1
     tensor = tensor.reshape(-1)
-    return tensor, tensor.stride(0) if tensor.numel() > 1 else 1
+    return tensor, tensor.stride(0)
 
 
 def aligned_alike(a: Tensor, rows_a: RowLayout, b: Tensor, rows_b: RowLayout, boundary: int) -> bool:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
 
-from mixce_kernels.backends.layout import RowLayout, flat, reachable_layout
+from mixce_kernels.backends.layout import RowLayout, entries, reachable_layout
 from mixce_kernels.backends.results import Results
 from mixce_kernels.options import TokenOptions, accumulate_dtype
+from mixce_kernels.reduction import Reduction
 
 # After torch, which brings the OpenMP runtime that the extension shares.
 MISSING: str | None = None
@@ -19,7 +21,9 @@ except ImportError as error:
     MISSING = f"the native extension is missing ({error}); reinstall mixce_kernels where a C++ compiler is found"
 HAS_CUDA = MISSING is None and hasattr(_C, "cuda_forward")
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPES = {
+    torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int32: 4, torch.int64: 5
+}  # fmt: skip
 
 
 def row_params(
@@ -28,11 +32,11 @@ def row_params(
     targets: Tensor | None,  # [...], contiguous
     state: Tensor | None,  # [STATE_WIDTH, ...], contiguous
     options: TokenOptions,
-    grad_loss: Tensor | None,  # [N], of the type of arithmetic
-    grad_loss_stride: int,
+    grad_loss: Tensor | None,  # [] or [...], of the type of arithmetic
+    token_scale: Tensor | None,  # [] or [...] float64
     grad_logits: Tensor | None,  # [..., V]
-) -> _C.RowParams:
-    """The rows of a call; see csrc/params.h."""
+) -> tuple[_C.RowParams, Tensor | None]:
+    """The rows of a call, see csrc/params.h, and a tensor that they point to: keep it until they have been launched."""
     rows = reachable_layout(logits)
     shape = _row_params_of_shape(
         rows,
@@ -42,7 +46,9 @@ def row_params(
         targets is not None and targets.dtype is torch.int64,
         options,
     )
-    return _C.row_params(
+    grad_loss, grad_loss_stride = (None, 0) if grad_loss is None else entries(grad_loss)
+    token_scale, token_scale_stride = (None, 0) if token_scale is None else entries(token_scale)
+    params = _C.row_params(
         shape,
         logits=logits.data_ptr(),
         targets=0 if targets is None else targets.data_ptr(),
@@ -50,44 +56,44 @@ def row_params(
         state=0 if state is None else state.data_ptr(),
         grad_loss=0 if grad_loss is None else grad_loss.data_ptr(),
         grad_loss_stride=grad_loss_stride,
+        token_scale=0 if token_scale is None else token_scale.data_ptr(),
+        token_scale_stride=token_scale_stride,
     )
+    return params, grad_loss
 
 
 def forward_params(
     *,
     logits: Tensor,  # [..., V]
-    targets: Tensor,  # [...]
+    targets: Tensor,  # [...], contiguous
     eta: Tensor | None,  # [...]
     eta_value: float,
     options: TokenOptions,
     results: Results,
-    grad_loss: Tensor | None,  # [...]
+    token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
-) -> tuple[_C.RowParams, _C.ForwardParams, tuple[Tensor | None, ...]]:
-    """The arguments of a forward, and the tensors that they point to: keep these until it has been launched."""
-    loss, state, stats, correct = results
-    eta, eta_stride = (None, 0) if eta is None else flat(eta.to(loss.dtype))
-    grad_loss, grad_loss_stride = (None, 0) if grad_loss is None else flat(grad_loss.to(loss.dtype))
-    targets = targets.contiguous()
-    rows = row_params(
+) -> tuple[_C.RowParams, _C.ForwardParams, Tensor | None]:
+    """The arguments of a forward, and a tensor that they point to: keep it until it has been launched."""
+    losses, stats, correct = results.losses, results.stats, results.correct
+    rows, _ = row_params(
         logits=logits,
         targets=targets,
-        state=state,
+        state=results.state,
         options=options,
-        grad_loss=grad_loss,
-        grad_loss_stride=grad_loss_stride,
+        grad_loss=None,
+        token_scale=token_scale,
         grad_logits=grad_logits,
     )
-    with_stats = results.with_stats
+    eta, eta_stride = (None, 0) if eta is None else entries(eta.to(losses.dtype))
     forward = _C.forward_params(
         eta=0 if eta is None else eta.data_ptr(),
         eta_stride=eta_stride,
         eta_value=eta_value,
-        loss=loss.data_ptr(),
-        stats=stats.data_ptr() if with_stats else 0,
-        correct=correct.data_ptr() if with_stats else 0,
+        losses=losses.data_ptr(),
+        stats=0 if stats is None else stats.data_ptr(),
+        correct=0 if correct is None else correct.data_ptr(),
     )
-    return rows, forward, (targets, eta, grad_loss)
+    return rows, forward, eta
 
 
 def grad_params(
@@ -95,38 +101,77 @@ def grad_params(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
     state: Tensor,  # [STATE_WIDTH, ...]
-    grad_loss: Tensor,  # [...]
+    grad_loss: Tensor | None,  # [] or [...]
+    token_scale: Tensor | None,  # [] or [...]
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
-) -> tuple[_C.RowParams, tuple[Tensor, ...]]:
+) -> tuple[_C.RowParams, tuple[Tensor | None, ...]]:
     """The rows of a gradient, and the tensors that they point to: keep these until it has been launched."""
-    grad_loss, grad_loss_stride = flat(grad_loss.to(state.dtype))
     targets, state = targets.contiguous(), state.contiguous()
-    rows = row_params(
+    rows, grad_loss = row_params(
         logits=logits,
         targets=targets,
         state=state,
         options=options,
-        grad_loss=grad_loss,
-        grad_loss_stride=grad_loss_stride,
+        grad_loss=None if grad_loss is None else grad_loss.to(state.dtype),
+        token_scale=token_scale,
         grad_logits=grad_logits,
     )
     return rows, (targets, state, grad_loss)
 
 
-def scale_params(grad_logits: Tensor, grad_loss: Tensor) -> tuple[_C.RowParams, Tensor]:
-    """The rows of a gradient [..., V], and its factors [...]: keep these until it has been launched."""
-    grad_loss, grad_loss_stride = flat(grad_loss.to(accumulate_dtype(grad_logits.dtype)))
-    rows = row_params(
+def scale_params(
+    *,
+    grad_logits: Tensor,  # [..., V]
+    grad_loss: Tensor,  # [] or [...]
+    targets: Tensor | None,  # [...]
+    ignore_index: int,
+) -> tuple[_C.RowParams, tuple[Tensor | None, ...]]:
+    """The rows of a gradient and their factors, and the tensors that they point to: keep these until the launch."""
+    targets = None if targets is None else targets.contiguous()
+    rows, grad_loss_entries = row_params(
         logits=grad_logits,
-        targets=None,
+        targets=targets,
         state=None,
-        options=TokenOptions(),
-        grad_loss=grad_loss,
-        grad_loss_stride=grad_loss_stride,
+        options=TokenOptions(ignore_index),
+        grad_loss=grad_loss.to(accumulate_dtype(grad_logits.dtype)),
+        token_scale=None,
         grad_logits=grad_logits,
     )
-    return rows, grad_loss
+    return rows, (targets, grad_loss_entries)
+
+
+def reduction_params(
+    *,
+    targets: Tensor,  # [...], contiguous
+    ignore_index: int,
+    reduction: Reduction,
+    losses: Tensor | None,  # [...]
+    loss: Tensor | None,  # [] or [...]
+    token_scale: Tensor | None,  # [] or [...]
+) -> tuple[_C.ReductionParams, Tensor | None]:
+    """The arguments of a reduction, and a tensor that they point to: keep it until it has been launched."""
+    kind, weights, num_items, num_items_value = reduction
+    weights, weights_stride = (None, 0) if weights is None else entries(weights)
+    params = _C.reduction_params(
+        losses=0 if losses is None else losses.data_ptr(),
+        number=targets.numel(),
+        targets=targets.data_ptr(),
+        targets_int64=targets.dtype is torch.int64,
+        dtype=0 if losses is None else DTYPES[losses.dtype],
+        ignore_index=ignore_index,
+        sums=kind != "none",
+        mean=kind == "mean",
+        weights=0 if weights is None else weights.data_ptr(),
+        weights_stride=weights_stride,
+        weights_dtype=0 if weights is None else DTYPES[weights.dtype],
+        num_items=0 if num_items is None else num_items.data_ptr(),
+        num_items_dtype=0 if num_items is None else DTYPES[num_items.dtype],
+        num_items_value=math.nan if num_items_value is None else num_items_value,
+        loss=0 if loss is None else loss.data_ptr(),
+        token_scale=0 if token_scale is None else token_scale.data_ptr(),
+    )
+    return params, weights
 
 
 @functools.lru_cache(maxsize=1024)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.options import accumulate_dtype
+from mixce_kernels.reduction import Reduction
 
 # Numbers of a token: m, s, a, c, t, from which its gradient is made, and nll, q, weight, lse, entropy.
 STATE_WIDTH = 5
@@ -15,25 +16,41 @@ STATS_WIDTH = 5
 
 
 class Results(NamedTuple):
-    """Loss, state and statistics of tokens [...]; statistics and `correct` are [0] where not asked for."""
+    """The loss, and what comes with it: None for what was not asked for."""
 
-    loss: Tensor  # [...]
-    state: Tensor  # [STATE_WIDTH, ...]
-    stats: Tensor  # [STATS_WIDTH, ...]
-    correct: Tensor  # [...] bool
+    loss: Tensor  # [], or [...] where nothing is added up
+    token_scale: Tensor | None  # float64, a token's factor in the loss: [], or with weights [...]; None: 1
+    state: Tensor | None  # [STATE_WIDTH, ...], for a gradient
+    stats: Tensor | None  # [STATS_WIDTH, ...]
+    correct: Tensor | None  # [...] bool, with statistics
+    losses: Tensor  # [...], the tokens' own; the loss itself where it is these
 
-    @property
-    def with_stats(self) -> bool:
-        """Whether statistics are asked for."""
-        return self.stats.shape[0] > 0
+    def returned(self) -> tuple[Tensor | None, ...]:
+        """What an operator returns: all but the tokens' losses."""
+        return self[:-1]
 
 
-def empty_results(logits: Tensor, targets: Tensor, with_stats: bool) -> Results:
+def empty_results(
+    logits: Tensor, targets: Tensor, reduction: Reduction, *, with_state: bool, with_stats: bool
+) -> Results:
     """Memory for the results of tokens `targets` [...], in the type of arithmetic of logits."""
     shape, dtype = targets.shape, accumulate_dtype(logits.dtype)
+    losses = logits.new_empty(shape, dtype=dtype)
+    loss = losses
+    if not reduction.is_identity:
+        loss = logits.new_empty(() if reduction.sums else shape, dtype=dtype)
     return Results(
-        loss=logits.new_empty(shape, dtype=dtype),
-        state=logits.new_empty((STATE_WIDTH, *shape), dtype=dtype),
-        stats=logits.new_empty((STATS_WIDTH, *shape) if with_stats else (0,), dtype=dtype),
-        correct=logits.new_empty(shape if with_stats else (0,), dtype=torch.bool),
+        loss,
+        empty_token_scale(targets, reduction),
+        logits.new_empty((STATE_WIDTH, *shape), dtype=dtype) if with_state else None,
+        logits.new_empty((STATS_WIDTH, *shape), dtype=dtype) if with_stats else None,
+        logits.new_empty(shape, dtype=torch.bool) if with_stats else None,
+        losses,
     )
+
+
+def empty_token_scale(targets: Tensor, reduction: Reduction) -> Tensor | None:
+    """Memory for a token's factor in the loss, None where it is 1."""
+    if not reduction.scales_tokens:
+        return None
+    return targets.new_empty(() if reduction.weights is None else targets.shape, dtype=torch.float64)

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from mixce_kernels.backends.devices import on_device, triton_arch, unsuited_to_triton
-from mixce_kernels.backends.layout import RowLayout, aligned_alike, flat, reachable_layout
+from mixce_kernels.backends.layout import RowLayout, aligned_alike, entries, reachable_layout
 from mixce_kernels.backends.results import Results
-from mixce_kernels.backends.triton_arguments import forward_launch, logits_grad_launch, no_kernels, scale_rows_launch
+from mixce_kernels.backends.triton_arguments import (
+    forward_launch,
+    logits_grad_launch,
+    no_kernels,
+    reduction_launch,
+    scale_rows_launch,
+)
 from mixce_kernels.backends.triton_launch import VECTOR_BYTES
 from mixce_kernels.options import TokenOptions
+from mixce_kernels.reduction import Reduction
 
 checks_targets = False
 
@@ -25,18 +34,34 @@ def forward(
     eta: Tensor | None,  # [...]
     eta_value: float,
     options: TokenOptions,
+    reduction: Reduction,
     results: Results,
-    grad_loss: Tensor | None,  # [...]
+    token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     rows = reachable_layout(logits)
-    if rows.number == 0:
-        return
-    loss, has_grad = results.loss, grad_logits is not None
+    if rows.number > 0:
+        _forward_rows(logits, rows, targets, eta, eta_value, options, results, token_scale, grad_logits)
+    if not reduction.is_identity:
+        reduce(targets, options.ignore_index, reduction, results.losses, results.loss, results.token_scale)
+
+
+def _forward_rows(
+    logits: Tensor,  # [..., V]
+    rows: RowLayout,
+    targets: Tensor,  # [...]
+    eta: Tensor | None,  # [...]
+    eta_value: float,
+    options: TokenOptions,
+    results: Results,
+    token_scale: Tensor | None,  # [] or [...]
+    grad_logits: Tensor | None,  # [..., V]
+) -> None:
+    losses, stats, has_grad = results.losses, results.stats, grad_logits is not None
     grad_logits, grad_rows, same_window = _grad_layout(logits, rows, grad_logits)
-    eta_entries, eta_stride = (loss, 0) if eta is None else flat(eta)
-    grad_loss, grad_loss_stride = (loss, 0) if grad_loss is None else flat(grad_loss)
+    eta_entries, eta_stride = (losses, 0) if eta is None else entries(eta)
+    token_scale, token_scale_stride = (None, 0) if token_scale is None else entries(token_scale)
     with on_device(logits):
         launch, partials = forward_launch(
             rows,
@@ -44,7 +69,7 @@ def forward(
             logits.shape[-1],
             logits.element_size(),
             options,
-            with_stats=results.with_stats,
+            with_stats=stats is not None,
             same_window=same_window,
             arch=triton_arch() if has_grad else 0,
         )
@@ -52,17 +77,43 @@ def forward(
             logits_ptr=logits,
             targets_ptr=targets.contiguous(),
             eta_ptr=eta_entries,
-            loss_ptr=loss,
+            loss_ptr=losses,
             state_ptr=results.state,
-            stats_ptr=results.stats,
-            correct_ptr=results.correct,
-            grad_loss_ptr=grad_loss,
+            stats_ptr=losses if stats is None else stats,
+            correct_ptr=losses if results.correct is None else results.correct,
+            token_scale_ptr=token_scale,
             grad_ptr=grad_logits,
-            partial_ptr=loss.new_empty(partials) if partials > 0 else loss,
+            partial_ptr=losses.new_empty(partials) if partials > 0 else losses,
             eta_stride=eta_stride,
-            grad_loss_stride=grad_loss_stride,
+            token_scale_stride=token_scale_stride,
             eta_value=eta_value,
             HAS_ETA=eta is not None,
+        )
+
+
+def reduce(
+    targets: Tensor,  # [...]
+    ignore_index: int,
+    reduction: Reduction,
+    losses: Tensor | None,  # [...]
+    loss: Tensor | None,  # [] or [...]
+    token_scale: Tensor | None,  # [] or [...]
+) -> None:
+    """The loss of the tokens' losses, and their factors in it: see `Backend`."""
+    weights, weights_stride = (None, 0) if reduction.weights is None else entries(reduction.weights)
+    value = reduction.num_items_value
+    with on_device(targets):
+        reduction_launch(reduction.kind)(
+            losses_ptr=losses,
+            targets_ptr=targets.contiguous(),
+            weights_ptr=weights,
+            num_items_ptr=reduction.num_items,
+            loss_ptr=loss,
+            token_scale_ptr=token_scale,
+            number=targets.numel(),
+            weights_stride=weights_stride,
+            ignore_index=ignore_index,
+            num_items_value=math.nan if value is None else value,
         )
 
 
@@ -70,7 +121,8 @@ def logits_grad(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
     state: Tensor,  # [STATE_WIDTH, ...]
-    grad_loss: Tensor,  # [...]
+    grad_loss: Tensor | None,  # [] or [...]
+    token_scale: Tensor | None,  # [] or [...]
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
 ) -> None:
@@ -79,7 +131,8 @@ def logits_grad(
     if rows.number == 0:
         return
     grad_logits, grad_rows, same_window = _grad_layout(logits, rows, grad_logits)
-    grad_loss, grad_loss_stride = flat(grad_loss)
+    grad_loss, grad_loss_stride = (None, 0) if grad_loss is None else entries(grad_loss)
+    token_scale, token_scale_stride = (None, 0) if token_scale is None else entries(token_scale)
     launch = logits_grad_launch(
         rows, grad_rows, logits.shape[-1], logits.element_size(), options, same_window=same_window
     )
@@ -89,20 +142,33 @@ def logits_grad(
             targets_ptr=targets.contiguous(),
             state_ptr=state.contiguous(),
             grad_loss_ptr=grad_loss,
+            token_scale_ptr=token_scale,
             grad_ptr=grad_logits,
             grad_loss_stride=grad_loss_stride,
+            token_scale_stride=token_scale_stride,
         )
 
 
-def scale_rows_(grad_logits: Tensor, grad_loss: Tensor) -> None:
+def scale_rows_(
+    grad_logits: Tensor,  # [..., V]
+    grad_loss: Tensor,  # [] or [...]
+    targets: Tensor | None,  # [...]
+    ignore_index: int,
+) -> None:
     """Scales the rows of a gradient in place: see `Backend`."""
     rows = reachable_layout(grad_logits)
     if rows.number == 0:
         return
-    grad_loss, grad_loss_stride = flat(grad_loss)
+    grad_loss, grad_loss_stride = entries(grad_loss)
     with on_device(grad_logits):
         launch = scale_rows_launch(rows, grad_logits.shape[-1], grad_logits.element_size())
-        launch(grad_ptr=grad_logits, grad_loss_ptr=grad_loss, grad_loss_stride=grad_loss_stride)
+        launch(
+            grad_ptr=grad_logits,
+            grad_loss_ptr=grad_loss,
+            targets_ptr=None if targets is None else targets.contiguous(),
+            grad_loss_stride=grad_loss_stride,
+            ignore_index=ignore_index,
+        )
 
 
 def _grad_layout(logits: Tensor, rows: RowLayout, grad_logits: Tensor | None) -> tuple[Tensor, RowLayout, bool]:

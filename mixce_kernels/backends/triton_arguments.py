@@ -13,7 +13,7 @@ import torch
 
 from mixce_kernels.backends.devices import WARP_SIZE
 from mixce_kernels.backends.layout import RowLayout
-from mixce_kernels.backends.triton_launch import row_config, tile_config
+from mixce_kernels.backends.triton_launch import reduction_config, row_config, tile_config
 from mixce_kernels.options import TokenOptions
 
 # Columns are counted in 31 bits, a block of them past a row's end included.
@@ -136,6 +136,13 @@ def scale_rows_launch(rows: RowLayout, vocab_size: int, itemsize: int) -> Launch
     config = tile_config(rows.number, vocab_size, itemsize, warp_size=WARP_SIZE)
     arguments = {"vocab_size": vocab_size} | _layout(rows) | config.arguments()
     return Launch(kernels("gradient").scale_rows_kernel, (rows.number * config.n_tiles,), arguments)
+
+
+@functools.cache
+def reduction_launch(kind: str) -> Launch:
+    """A launch of `reduction_kernel` for a reduction of that kind."""
+    arguments = {"SUMS": kind != "none", "MEAN": kind == "mean"} | reduction_config().arguments()
+    return Launch(kernels("reduction").reduction_kernel, (1,), arguments)
 
 
 def _layout(rows: RowLayout, prefix: str = "") -> dict[str, int]:

@@ -102,6 +102,23 @@ class TileConfig:
         }
 
 
+@dataclass(frozen=True)
+class ReductionConfig:
+    """One program, which takes `block` tokens at once."""
+
+    block: int
+    num_warps: int
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `reduction_kernel` and of its launch."""
+        return {"BLOCK": self.block, "num_warps": self.num_warps}
+
+
+def reduction_config() -> ReductionConfig:
+    """The launch of the reduction: sixteen tokens a thread, so that its loads are under way together."""
+    return ReductionConfig(block=16 * 8 * 32, num_warps=8)
+
+
 def row_config(
     vocab_size: int,
     itemsize: int,

@@ -12,7 +12,8 @@ from mixce_kernels.autocast import without_autocast
 from mixce_kernels.linear import ops
 from mixce_kernels.linear.chunks import LinearCall
 from mixce_kernels.linear.ops import LinearForward, LinearForwardWithGrad, LinearGrad
-from mixce_kernels.operators import Differentiable, is_plain
+from mixce_kernels.operators import Differentiable, Fields, given, is_plain
+from mixce_kernels.reduction import NO_REDUCTION
 from mixce_kernels.reference import linear_logits
 
 Grads = dict[str, Tensor | None]
@@ -20,48 +21,55 @@ Grads = dict[str, Tensor | None]
 _NAMES = ("hidden", "weight", "bias")
 
 
-def _forward_context(ctx: Any, args: LinearForward, output: tuple[Tensor, ...]) -> None:
-    _, state, stats, correct = output
-    ctx.mark_non_differentiable(state, stats, correct)
+def _forward_context(ctx: Any, args: LinearForward, output: tuple[Tensor | None, ...]) -> None:
+    _, token_scale, state, *_ = output
+    _keep(ctx, ops.LINEAR_FORWARD.fields, args, output, state, token_scale)
+
+
+def _keep(ctx: Any, fields: Fields[Any], args: Any, output: tuple[Tensor | None, ...], *others: Tensor | None) -> None:
+    """Keeps the arguments but the reduction, and others, for a backward that gets a gradient of the loss alone."""
+    ctx.mark_non_differentiable(*[one for one in output[1:] if one is not None])
     ctx.set_materialize_grads(False)
-    ops.LINEAR_FORWARD.fields.save(ctx, args, state)
+    fields.save(ctx, args._replace(call=args.call._replace(reduction=NO_REDUCTION)), *others)
 
 
 def _forward_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Grads:
     if grad_loss is None:
         return {}
-    args, (state,) = ops.LINEAR_FORWARD.fields.saved(ctx)
-    return _computed_grads(ctx, args.call, state, grad_loss)
+    args, (state, token_scale) = ops.LINEAR_FORWARD.fields.saved(ctx)
+    return _computed_grads(ctx, args.call, state, grad_loss, given(token_scale))
 
 
-def _with_grad_context(ctx: Any, args: LinearForwardWithGrad, output: tuple[Tensor, ...]) -> None:
-    _, state, stats, correct, *grads = output
-    ctx.mark_non_differentiable(state, stats, correct, *grads)
-    ctx.set_materialize_grads(False)
+def _with_grad_context(ctx: Any, args: LinearForwardWithGrad, output: tuple[Tensor | None, ...]) -> None:
+    _, token_scale, state, _, _, *grads = output
     ctx.spent = False
-    ops.LINEAR_FORWARD_WITH_GRAD.fields.save(ctx, args, state, *grads)
+    _keep(ctx, ops.LINEAR_FORWARD_WITH_GRAD.fields, args, output, state, token_scale, *grads)
 
 
 def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Grads:
     if grad_loss is None:
         return {}
-    args, (state, *grads) = ops.LINEAR_FORWARD_WITH_GRAD.fields.saved(ctx)
+    args, (state, token_scale, *grads) = ops.LINEAR_FORWARD_WITH_GRAD.fields.saved(ctx)
     call = args.call
     if ctx.spent or torch.is_grad_enabled():
         # The gradients of forward were scaled by an earlier backward, or a graph of them is asked for.
-        return _computed_grads(ctx, call, state, args.token_scale * grad_loss)
-    # A batch that has no valid token has gradient 0, which NaN or infinity must not multiply, nor a row without one.
+        return _computed_grads(ctx, call, state, grad_loss, given(token_scale))
     valid = call.targets != call.options.ignore_index
-    row_factor = torch.where(valid, grad_loss, 1.0)
+    # A batch that has no valid token has gradient 0, which NaN or infinity must not multiply, nor a row without one.
     factor = torch.where(valid.any(), grad_loss, 1.0)
     in_place = all(is_plain(tensor) for tensor in (grads[0], grad_loss))
     # Before they are scaled, so that nothing scales them twice.
     ctx.spent = in_place
     found: Grads = {}
-    for name, grad, scale, needed in zip(_NAMES, grads, (row_factor, factor, factor), _wanted(ctx), strict=True):
-        if needed:
-            scaled = _scaled_in_place(grad, scale, call.backend) if in_place else _scaled(grad, scale)
-            found[name] = scaled.to(getattr(call, name).dtype)
+    for name, grad, needed in zip(_NAMES, grads, _wanted(ctx), strict=True):
+        if not needed:
+            continue
+        of_rows = name == "hidden"
+        if in_place:
+            scaled = _scaled_in_place(grad, factor, call, of_rows)
+        else:
+            scaled = _scaled(grad, torch.where(valid, grad_loss, 1.0) if of_rows else factor)
+        found[name] = scaled.to(getattr(call, name).dtype)
     return found
 
 
@@ -76,28 +84,31 @@ def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
     return grad * scale.to(grad.dtype)
 
 
-def _scaled_in_place(grad: Tensor, scale: Tensor, backend: str) -> Tensor:
-    """The gradient with its rows, or all of it, multiplied in its own memory; rows whose factor is 1 are not read."""
+def _scaled_in_place(grad: Tensor, factor: Tensor, call: LinearCall, of_rows: bool) -> Tensor:
+    """The gradient multiplied in its own memory, the hidden states' (`of_rows`) where its tokens are not ignored."""
     rows = grad.unsqueeze(0) if grad.dim() == 1 else grad
     # Not by the operator, which would tell autograd: `ctx.spent` does, and lets a second backward pass.
     if rows.numel() > 0:
-        backends.get(backends.name_of(backend)).scale_rows_(rows, scale.expand(rows.shape[0]))
+        kernels = backends.get(backends.name_of(call.backend))
+        kernels.scale_rows_(rows, factor, call.targets if of_rows else None, call.options.ignore_index)
     # With a version of its own: whoever accumulates into it has not changed a saved tensor.
     return grad.data
 
 
-def _computed_grads(ctx: Any, call: LinearCall, state: Tensor, grad_loss: Tensor) -> Grads:
-    """The gradients of sum(grad_loss * loss), computed anew."""
+def _computed_grads(ctx: Any, call: LinearCall, state: Tensor, grad_loss: Tensor, token_scale: Tensor | None) -> Grads:
+    """The gradients of sum(grad_loss * token_scale * losses), computed anew."""
     wanted = _wanted(ctx)
     if torch.is_grad_enabled():
-        return _differentiable_grads(call, grad_loss, wanted)
-    grads = ops.LINEAR_GRAD.dispatched(*ops.LINEAR_GRAD.fields.flat(LinearGrad(call, state, grad_loss, wanted)))
+        upstream = grad_loss if token_scale is None else grad_loss * token_scale
+        return _differentiable_grads(call, upstream, wanted)
+    args = LinearGrad(call, state, grad_loss, token_scale, wanted)
+    grads = ops.LINEAR_GRAD.dispatched(*ops.LINEAR_GRAD.fields.flat(args))
     return {
         name: grad.to(getattr(call, name).dtype) for name, grad, want in zip(_NAMES, grads, wanted, strict=True) if want
     }
 
 
-def _differentiable_grads(call: LinearCall, grad_loss: Tensor, wanted: list[bool]) -> Grads:
+def _differentiable_grads(call: LinearCall, upstream: Tensor, wanted: list[bool]) -> Grads:
     """The gradients with a graph of their own, by PyTorch through the plain formula on all logits at once."""
     vocabulary = backends.vocabulary(call.backend)
     with without_autocast(call.hidden):
@@ -112,8 +123,9 @@ def _differentiable_grads(call: LinearCall, grad_loss: Tensor, wanted: list[bool
         valid = call.targets != call.options.ignore_index
         logits = linear_logits(hidden, one.weight, one.bias, valid, call.compute_dtype)
         eta = call.eta_value if call.eta is None else call.eta
-        loss, _ = vocabulary.token_losses(logits, call.targets, eta, call.options)
-        found = torch.autograd.grad(loss, list(leaves.values()), grad_loss, create_graph=True)
+        losses, _ = vocabulary.token_losses(logits, call.targets, eta, call.options)
+        upstream = upstream.to(losses.dtype).expand(losses.shape)
+        found = torch.autograd.grad(losses, list(leaves.values()), upstream, create_graph=True)
         return dict(zip(leaves, found, strict=True))
 
 

@@ -16,6 +16,7 @@ from mixce_kernels import backends
 from mixce_kernels.backends.results import Results, empty_results
 from mixce_kernels.linear.matmul import Products, padded_empty, products
 from mixce_kernels.options import TokenOptions, accumulate_dtype
+from mixce_kernels.reduction import NO_REDUCTION, Reduction
 
 # Where the caller names no budget. A CPU's products need about a hundred rows to be fast; a GPU's a thousand, at which
 # reading the weight and adding to its gradient takes less time than multiplying.
@@ -40,6 +41,7 @@ class LinearCall(NamedTuple):
     eta: Tensor | None  # [N]
     eta_value: float  # used where eta is None
     options: TokenOptions
+    reduction: Reduction
     compute_dtype: torch.dtype  # of the products' operands
     max_chunk_bytes: int | None
     drop_ignored: bool  # whether ignored rows leave the products
@@ -70,9 +72,9 @@ def rows_per_chunk(n_rows: int, vocab_size: int, bytes_per_logit: int, max_bytes
 def forward(
     call: LinearCall,
     columns: int,
-    results: Results,  # of N tokens, written
+    results: Results,  # of N tokens: losses, state and statistics are written
     token_scale: Tensor | None,  # [N], with grads
-    grads: Grads,  # written, of sum(token_scale * loss)
+    grads: Grads,  # written, of sum(token_scale * losses)
 ) -> None:
     """Losses, state and statistics of the tokens, and with `token_scale` the gradients of their weighted sum.
 
@@ -80,17 +82,26 @@ def forward(
     """
     kernels = backends.vocabulary(call.backend).kernels
     chunks = _Chunks(call, columns, token_scale, grads)
+    of_tokens = [one for one in (results.losses, results.state, results.stats, results.correct) if one is not None]
     if chunks.kept is not None:
-        for result in results:
-            result.zero_()
+        for one in of_tokens:
+            one.zero_()
     for chunk in chunks:
-        part = empty_results(chunk.logits, chunk.targets, results.with_stats)
+        part = empty_results(
+            chunk.logits,
+            chunk.targets,
+            NO_REDUCTION,
+            with_state=results.state is not None,
+            with_stats=results.stats is not None,
+        )
         eta = None if call.eta is None else chunk.of(call.eta)
         grad_logits = None if token_scale is None else chunk.logits
-        kernels.forward(chunk.logits, chunk.targets, eta, call.eta_value, call.options, part, chunk.scale, grad_logits)
-        for result, its_part in zip(results, part, strict=True):
-            if its_part.numel() > 0:
-                result[..., chunk.rows] = its_part
+        kernels.forward(
+            chunk.logits, chunk.targets, eta, call.eta_value, call.options, NO_REDUCTION, part, chunk.scale, grad_logits
+        )
+        of_chunk = [one for one in (part.losses, part.state, part.stats, part.correct) if one is not None]
+        for one, its_part in zip(of_tokens, of_chunk, strict=True):
+            one[..., chunk.rows] = its_part
         if grad_logits is not None:
             chunks.add_grads(chunk)
     chunks.finish_grads()
@@ -100,16 +111,16 @@ def grad(
     call: LinearCall,
     columns: int,
     state: Tensor,  # [STATE_WIDTH, N]
-    grad_loss: Tensor,  # [N]
+    upstream: Tensor,  # [N]
     grads: Grads,  # written
 ) -> None:
-    """The gradients of sum(grad_loss * loss), from the state of the forward; the logits are computed once more."""
+    """The gradients of sum(upstream * losses), from the state of the forward; the logits are computed once more."""
     kernels = backends.vocabulary(call.backend).kernels
-    chunks = _Chunks(call, columns, grad_loss, grads)
+    chunks = _Chunks(call, columns, upstream, grads)
     for chunk in chunks:
         assert chunk.scale is not None
         chunk_state = chunk.of(state).contiguous()
-        kernels.logits_grad(chunk.logits, chunk.targets, chunk_state, chunk.scale, call.options, chunk.logits)
+        kernels.logits_grad(chunk.logits, chunk.targets, chunk_state, None, chunk.scale, call.options, chunk.logits)
         chunks.add_grads(chunk)
     chunks.finish_grads()
 
@@ -120,7 +131,7 @@ class _Chunk(NamedTuple):
     rows: slice | Tensor
     hidden: Tensor  # [R, D], finite where ignored
     targets: Tensor  # [R]
-    scale: Tensor | None  # [R], the upstream gradient
+    scale: Tensor | None  # [R] float64, the upstream gradient
     logits: Tensor  # [R, V]
 
     def of(self, per_token: Tensor) -> Tensor:

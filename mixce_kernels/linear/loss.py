@@ -89,7 +89,7 @@ def fused_loss(
     backend: str,  # what `backends.vocabulary` takes
 ) -> Tensor | tuple[Tensor, MixCEStats]:
     """The loss by a backend's kernels, of arguments that were checked before."""
-    reduction = Reduction.of(options, targets, found.token_options.ignore_index)
+    reduction = Reduction.of(options, targets)
     eta_tensor, eta_value = (found.eta.reshape(-1), 0.0) if isinstance(found.eta, Tensor) else (None, found.eta)
     call = LinearCall(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
@@ -99,6 +99,7 @@ def fused_loss(
         eta=eta_tensor,
         eta_value=eta_value,
         options=found.token_options,
+        reduction=reduction._replace(weights=None if reduction.weights is None else reduction.weights.reshape(-1)),
         compute_dtype=found.compute_dtype,
         max_chunk_bytes=linear.max_chunk_bytes,
         # Counting the rows that are left needs the host: on a GPU it synchronises.
@@ -107,15 +108,13 @@ def fused_loss(
         backend=backend,
     )
     wanted = [one is not None and one.requires_grad and torch.is_grad_enabled() for one in (hidden, weight, bias)]
-    if linear.path == "chunks" and reduction.name != "none" and any(wanted):
-        scale = reduction.token_scale(targets).reshape(-1)
-        loss, _, stats, correct, *_ = autograd.linear_forward_with_grad(
-            LinearForwardWithGrad(call, options.return_stats, scale, wanted)
+    if linear.path == "chunks" and reduction.sums and any(wanted):
+        loss, _, _, stats, correct, *_ = autograd.linear_forward_with_grad(
+            LinearForwardWithGrad(call, options.return_stats, wanted)
         )
     else:
-        loss, _, stats, correct = autograd.linear_forward(LinearForward(call, options.return_stats))
-        loss = reduction.apply(loss.reshape(targets.shape))
-    loss = loss.to(accumulate_dtype(found.compute_dtype))
+        loss, _, _, stats, correct = autograd.linear_forward(LinearForward(call, options.return_stats))
+        loss = loss if reduction.sums else loss.reshape(targets.shape)
     if not options.return_stats:
         return loss
     return loss, MixCEStats.of(stats.reshape(STATS_WIDTH, *targets.shape), correct.reshape(targets.shape))

@@ -1,10 +1,10 @@
 """The operators of the linear loss, as those of `logits.ops`: their arguments, and the shapes of their results.
 
-    linear_forward            hidden, weight, bias -> loss, state, stats, correct          (1 matrix product)
-    linear_grad               hidden, weight, bias, state, grad_loss -> the gradients      (3 products)
-    linear_forward_with_grad  both at once, for a sum of losses whose factors are known    (3 products)
+    linear_forward            hidden, weight, bias -> loss, token_scale, state, stats, correct       (1 matrix product)
+    linear_grad               hidden, weight, bias, state, upstream gradient -> the gradients        (3 products)
+    linear_forward_with_grad  both at once, for a loss that is one number, its upstream gradient 1   (3 products)
 
-Gradients are of the type of accumulation, [0] where not wanted. The loss of `linear_forward_with_grad` is that sum.
+Gradients are of the type of accumulation, [0] where not wanted.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class LinearGrad(NamedTuple):
 
     call: LinearCall
     state: Tensor  # [STATE_WIDTH, N]
-    grad_loss: Tensor  # [N]
+    grad_loss: Tensor  # [] or [N]
+    token_scale: Tensor | None  # [] or [N]
     wanted: list[bool]  # the gradients by hidden, weight and bias
 
 
@@ -50,34 +51,36 @@ class LinearForwardWithGrad(NamedTuple):
 
     call: LinearCall
     with_stats: bool
-    token_scale: Tensor  # [N]
     wanted: list[bool]  # the gradients by hidden, weight and bias
 
 
 # Inside of the operators no autocast may come between: their types are settled.
 
 
-def linear_forward(args: LinearForward) -> Results:
+def linear_forward(args: LinearForward) -> tuple[Tensor | None, ...]:
     call, results = args.call, _empty_results(args)
     with without_autocast(call.hidden):
         if call.path == "tiles":
             tiles.forward(*call.operands(), call.eta, call.eta_value, call.options, results)
         else:
             chunks.forward(call, _columns_of_chunks(args), results, None, Grads(None, None, None))
-    return results
+    _reduce(args, results)
+    return results.returned()
 
 
 def linear_grad(args: LinearGrad) -> Grads:
     call, grads = args.call, _empty_grads(args)
     wanted = _wanted(grads, args)
+    upstream = args.grad_loss if args.token_scale is None else args.grad_loss * args.token_scale
+    upstream = upstream.expand(call.targets.shape)
     with without_autocast(call.hidden):
         if call.path == "tiles":
-            tiles.grad(*call.operands(), args.state, args.grad_loss, call.options, *wanted)
+            tiles.grad(*call.operands(), args.state, upstream, call.options, *wanted)
         else:
             # In the chunks of the forward: a BLAS rounds the logits of other chunks otherwise. Probabilities are of
             # these logits and the forward's sums, and a logit of 60 may differ by 8e-6.
             _, columns = _vocabulary(args).sizes(_facts(call, with_stats=False), call.weight, again=True)
-            chunks.grad(call, columns, args.state, args.grad_loss, wanted)
+            chunks.grad(call, columns, args.state, upstream.double(), wanted)
             _add_up(args, wanted)
     return grads
 
@@ -87,10 +90,18 @@ def linear_forward_with_grad(args: LinearForwardWithGrad) -> tuple[Tensor | None
     columns = _columns_of_chunks(args)
     results, grads = _empty_results(args), _empty_grads(args)
     wanted = _wanted(grads, args)
+    token_scale = results.token_scale
+    if token_scale is None:
+        token_scale = torch.ones((), dtype=torch.float64, device=call.targets.device)
+    else:
+        _vocabulary(args).kernels.reduce(
+            call.targets, call.options.ignore_index, call.reduction, None, None, token_scale
+        )
     with without_autocast(call.hidden):
-        chunks.forward(call, columns, results, args.token_scale, wanted)
+        chunks.forward(call, columns, results, token_scale.expand(call.targets.shape), wanted)
         _add_up(args, wanted)
-    return *_summed(results, args), *grads
+    _reduce(args, results._replace(token_scale=None))
+    return *results.returned(), *grads
 
 
 _Arguments = LinearForward | LinearGrad | LinearForwardWithGrad
@@ -124,7 +135,16 @@ def _facts(call: LinearCall, with_stats: bool) -> CallFacts:
 
 def _empty_results(args: LinearForward | LinearForwardWithGrad) -> Results:
     call = args.call
-    return empty_results(call.hidden.new_empty(0, dtype=call.dtype), call.targets, args.with_stats)
+    like_logits = call.hidden.new_empty(0, dtype=call.dtype)
+    return empty_results(like_logits, call.targets, call.reduction, with_state=True, with_stats=args.with_stats)
+
+
+def _reduce(args: LinearForward | LinearForwardWithGrad, results: Results) -> None:
+    call = args.call
+    if not call.reduction.is_identity:
+        _vocabulary(args).kernels.reduce(
+            call.targets, call.options.ignore_index, call.reduction, results.losses, results.loss, results.token_scale
+        )
 
 
 def _empty_grads(args: LinearGrad | LinearForwardWithGrad) -> Grads:
@@ -149,17 +169,12 @@ def _add_up(args: LinearGrad | LinearForwardWithGrad, grads: Grads) -> None:
         _vocabulary(args).add_up(grads.hidden)
 
 
-def _summed(results: Results, args: LinearForwardWithGrad) -> Results:
-    """The results, with the weighted sum of the losses for the loss."""
-    return results._replace(loss=(results.loss * args.token_scale).sum(dtype=torch.float64))
-
-
-LINEAR_FORWARD = Operator(linear_forward, RESULTS, _empty_results)
+LINEAR_FORWARD = Operator(linear_forward, RESULTS, lambda args: _empty_results(args).returned())
 LINEAR_GRAD = Operator(linear_grad, _GRADS, _empty_grads)
 LINEAR_FORWARD_WITH_GRAD = Operator(
     linear_forward_with_grad,
     f"{RESULTS}, {_GRADS}",
-    lambda args: (*_summed(_empty_results(args), args), *_empty_grads(args)),
+    lambda args: (*_empty_results(args).returned(), *_empty_grads(args)),
 )
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.backends.devices import multiprocessors, on_device, triton_arch, unsuited_to_triton
-from mixce_kernels.backends.layout import flat
+from mixce_kernels.backends.layout import entries
+from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.triton_arguments import (
     gradient_arguments,
     kernels,
@@ -35,32 +36,32 @@ def forward(
     eta: Tensor | None,  # [N]
     eta_value: float,
     options: TokenOptions,
-    results: tuple[Tensor, ...],  # loss, state, stats, correct, as `backends.results.Results`: written
+    results: Results,  # written: state, and tokens' losses and statistics
 ) -> None:
     """Loss, state and statistics of each token, as `Backend.forward` of the logits."""
-    loss, state, stats, correct = results
+    losses, state, stats, correct = results.losses, results.state, results.stats, results.correct
     (n_rows, depth), vocab_size, itemsize = hidden.shape, weight.shape[0], hidden.element_size()
     if n_rows == 0:
         return
     linear_forward = kernels("linear_forward")
     targets = targets.contiguous()
-    eta_entries, eta_stride = (loss, 0) if eta is None else flat(eta)
+    eta_entries, eta_stride = (losses, 0) if eta is None else entries(eta)
     aligned = _aligned(hidden, weight)
-    statistics = statistics_arguments(options, stats.shape[0] > 0)
+    statistics = statistics_arguments(options, stats is not None)
     with_options = statistics["CAP"] or statistics["SMOOTH"] or statistics["STATS"]
     with on_device(hidden):
         config = forward_config(
             n_rows, vocab_size, itemsize, with_options, aligned, triton_arch(), multiprocessors(hidden)
         )
         order, n_valid = _valid_first(targets, options.ignore_index)
-        partial = loss.new_empty((config.n_splits, linear_forward.PARTIALS.value, n_rows))
+        partial = losses.new_empty((config.n_splits, linear_forward.PARTIALS.value, n_rows))
         rows = {"targets_ptr": targets, "order_ptr": order, "n_valid_ptr": n_valid, "partial_ptr": partial}
         splits = {"n_splits": config.n_splits, "split_size": config.split_size}
         shared = statistics | rows | splits | {"n_rows": n_rows, "vocab_size": vocab_size}
         linear_forward.linear_forward_kernel[(config.n_row_blocks * config.n_splits,)](
             hidden_ptr=hidden,
             weight_ptr=weight,
-            bias_ptr=loss if bias is None else bias.contiguous(),
+            bias_ptr=losses if bias is None else bias.contiguous(),
             depth=depth,
             hidden_stride=hidden.stride(0),
             weight_stride=weight.stride(0),
@@ -73,10 +74,10 @@ def forward(
         )
         linear_forward.linear_merge_kernel[(-(-n_rows // config.merge_rows),)](
             eta_ptr=eta_entries,
-            loss_ptr=loss,
+            loss_ptr=losses,
             state_ptr=state,
-            stats_ptr=stats,
-            correct_ptr=correct,
+            stats_ptr=losses if stats is None else stats,
+            correct_ptr=losses if correct is None else correct,
             eta_stride=eta_stride,
             eta_value=eta_value,
             HAS_ETA=eta is not None,
@@ -92,7 +93,7 @@ def grad(
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [N]
     state: Tensor,  # [STATE_WIDTH, N]
-    grad_loss: Tensor,  # [N], any strides
+    grad_loss: Tensor,  # [N], any strides: the upstream gradients of tokens' losses
     options: TokenOptions,
     grad_hidden: Tensor | None,  # [N, D] of the accumulation's type, written
     grad_weight: Tensor | None,  # [V, D] of the accumulation's type, written
@@ -108,7 +109,7 @@ def grad(
         return
     linear_gradient = kernels("linear_gradient")
     targets, state = targets.contiguous(), state.contiguous()
-    grad_loss, grad_loss_stride = flat(grad_loss)
+    grad_loss, grad_loss_stride = entries(grad_loss)
     aligned = _aligned(hidden, weight)
     gradient = gradient_arguments(options)
     # bfloat16 and wider types have float32's exponents.

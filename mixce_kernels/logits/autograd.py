@@ -12,36 +12,48 @@ from mixce_kernels.backends.layout import layout_of, materialized
 from mixce_kernels.logits import ops
 from mixce_kernels.logits.ops import Forward, ForwardWithGrad, LogitsGrad, LogitsGradInplace, ScaleRows
 from mixce_kernels.logits.overwriting import Overwrite
-from mixce_kernels.operators import Differentiable, is_plain
+from mixce_kernels.operators import Differentiable, Fields, given, is_plain
+from mixce_kernels.reduction import NO_REDUCTION
 
 Grads = dict[str, Tensor | None]
 
 
-def _forward_context(ctx: Any, args: Forward, output: tuple[Tensor, ...]) -> None:
-    _, state, stats, correct = output
+def _forward_context(ctx: Any, args: Forward, output: tuple[Tensor | None, ...]) -> None:
+    _, token_scale, state, *_ = output
     ctx.overwrite = Overwrite.of(args.inplace_backward)
-    ctx.mark_non_differentiable(state, stats, correct)
+    _keep(ctx, ops.FORWARD.fields, args, output, state, token_scale)
+
+
+def _keep(ctx: Any, fields: Fields[Any], args: Any, output: tuple[Tensor | None, ...], *others: Tensor | None) -> None:
+    """Keeps the arguments but the reduction, and others, for a backward that gets a gradient of the loss alone."""
+    ctx.mark_non_differentiable(*[one for one in output[1:] if one is not None])
     ctx.set_materialize_grads(False)
-    ops.FORWARD.fields.save(ctx, args, state)
+    fields.save(ctx, args._replace(reduction=NO_REDUCTION), *others)
 
 
 def _forward_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Grads:
     if grad_loss is None:
         return {}
-    args, (state,) = ops.FORWARD.fields.saved(ctx)
+    args, (state, token_scale) = ops.FORWARD.fields.saved(ctx)
+    token_scale = given(token_scale)
     if ctx.overwrite.allowed(args.logits) and is_plain(grad_loss) and not torch.is_grad_enabled():
         ops.logits_grad_(
-            LogitsGradInplace(args.logits, args.targets, state, materialized(grad_loss), args.options, args.backend)
+            LogitsGradInplace(
+                args.logits, args.targets, state, materialized(grad_loss), token_scale, args.options, args.backend
+            )
         )
         return {"logits": args.logits.detach()}
-    return {"logits": _grad(args, state, grad_loss)}
+    return {"logits": _grad(args, state, grad_loss, token_scale)}
 
 
-def _grad(args: Forward | ForwardWithGrad, state: Tensor, grad_loss: Tensor) -> Tensor:
-    """The gradient of sum(grad_loss * loss), from the state of the forward with these arguments."""
+def _grad(args: Forward | ForwardWithGrad, state: Tensor, grad_loss: Tensor, token_scale: Tensor | None) -> Tensor:
+    """The gradient for the upstream gradient of the loss, from the results of the forward with these arguments."""
     return logits_grad(
-        LogitsGrad(args.logits, args.targets, state, grad_loss, args.eta, args.eta_value, args.options, args.backend)
-    )
+        LogitsGrad(
+            args.logits, args.targets, state, grad_loss, token_scale, args.eta, args.eta_value, args.options,
+            args.backend,
+        )
+    )  # fmt: skip
 
 
 def _logits_grad_context(ctx: Any, args: LogitsGrad, output: Tensor) -> None:
@@ -59,45 +71,41 @@ def _logits_grad_backward(ctx: Any, grad_output: Tensor) -> Grads:
         # Views of their own: autograd.grad below must stop here.
         logits, grad_loss = (tensor.view_as(tensor).requires_grad_() for tensor in (logits, grad_loss))
         eta = args.eta_value if args.eta is None else args.eta
-        loss, _ = backends.vocabulary(args.backend).token_losses(logits, args.targets, eta, args.options)
-        (grad_logits,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
+        losses, _ = backends.vocabulary(args.backend).token_losses(logits, args.targets, eta, args.options)
+        upstream = grad_loss if args.token_scale is None else grad_loss * args.token_scale
+        upstream = upstream.to(losses.dtype).expand(losses.shape)
+        (grad_logits,) = torch.autograd.grad(losses, logits, upstream, create_graph=True)
         grad_logits, grad_grad_loss = torch.autograd.grad(
             grad_logits, (logits, grad_loss), grad_output, create_graph=create_graph, allow_unused=True
         )
     return {"logits": grad_logits, "grad_loss": grad_grad_loss}
 
 
-def _with_grad_context(ctx: Any, args: ForwardWithGrad, output: tuple[Tensor, ...]) -> None:
-    _, state, stats, correct, grad_logits = output
-    ctx.mark_non_differentiable(state, stats, correct, grad_logits)
-    ctx.set_materialize_grads(False)
-    ctx.grad_logits = grad_logits
-    ops.FORWARD_WITH_GRAD.fields.save(ctx, args, state)
+def _with_grad_context(ctx: Any, args: ForwardWithGrad, output: tuple[Tensor | None, ...]) -> None:
+    _, token_scale, state, *_, ctx.grad_logits = output
+    _keep(ctx, ops.FORWARD_WITH_GRAD.fields, args, output, state, token_scale)
 
 
 def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Grads:
     if grad_loss is None:
         return {}
-    args, (state,) = ops.FORWARD_WITH_GRAD.fields.saved(ctx)
+    args, (state, token_scale) = ops.FORWARD_WITH_GRAD.fields.saved(ctx)
     if ctx.grad_logits is None or torch.is_grad_enabled():
         # The gradient of forward is spent, or a graph of it is asked for: compute it anew.
-        return {"logits": _grad(args, state, args.grad_loss * grad_loss)}
+        return {"logits": _grad(args, state, grad_loss, given(token_scale))}
     grad_logits, ctx.grad_logits = ctx.grad_logits, None
-    grad_loss = _of_valid_rows(grad_loss, args.targets, args.options.ignore_index)
+    ignore_index = args.options.ignore_index
     if not is_plain(grad_logits) or not is_plain(grad_loss):
         # Traced: a compiler plans the memory itself, and wants no output of the forward written to. Or batched.
-        return {"logits": _scaled(grad_logits, grad_loss)}
-    ops.scale_rows_(ScaleRows(grad_logits, materialized(grad_loss), args.backend))
+        return {"logits": _scaled(grad_logits, grad_loss, args.targets, ignore_index)}
+    ops.scale_rows_(ScaleRows(grad_logits, materialized(grad_loss), args.targets, ignore_index, args.backend))
     return {"logits": grad_logits}
 
 
-def _scaled(grad_logits: Tensor, grad_loss: Tensor) -> Tensor:
-    return (grad_logits * grad_loss.unsqueeze(-1)).to(grad_logits.dtype)
-
-
-def _of_valid_rows(grad_loss: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    """The upstream gradient, 1 where ignored: the gradient there is 0, which NaN or infinity must not multiply."""
-    return torch.where(targets == ignore_index, 1.0, grad_loss)
+def _scaled(grad_logits: Tensor, grad_loss: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
+    """`ops.scale_rows_` by PyTorch: NaN or infinity must not multiply the gradient of an ignored row, which is 0."""
+    factor = torch.where(targets == ignore_index, 1.0, grad_loss)
+    return (grad_logits * factor.unsqueeze(-1)).to(grad_logits.dtype)
 
 
 class _ForwardWithGradInplace(torch.autograd.Function):
@@ -107,55 +115,60 @@ class _ForwardWithGradInplace(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *values: Any) -> tuple[Tensor, ...]:
-        args = ops.FORWARD_WITH_GRAD_.fields.of(values)
+    def forward(ctx: Any, logits: Tensor, args: ForwardWithGrad) -> tuple[Tensor | None, ...]:
         results = ops.forward_with_grad_(args)
-        ctx.mark_non_differentiable(*results[1:])
+        ctx.mark_non_differentiable(*[one for one in results[1:] if one is not None])
         ctx.set_materialize_grads(False)
         # Saved after the write: whoever saved the logits before it gets PyTorch's error, and so does a second backward.
-        ctx.save_for_backward(args.logits, args.targets)
+        ctx.save_for_backward(logits, args.targets)
         ctx.ignore_index, ctx.backend = args.options.ignore_index, args.backend
         return results
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> tuple[Tensor | None, ...]:
-        others = (None,) * (len(ops.FORWARD_WITH_GRAD_.fields.names) - 1)
         if grad_loss is None:
-            return None, *others
+            return None, None
         grad_logits, targets = ctx.saved_tensors
-        grad_loss = _of_valid_rows(grad_loss, targets, ctx.ignore_index)
         if not is_plain(grad_loss):  # batched
-            return _scaled(grad_logits, grad_loss), *others
-        ops.scale_rows_(ScaleRows(grad_logits, materialized(grad_loss), ctx.backend))
-        return grad_logits.detach(), *others
+            return _scaled(grad_logits, grad_loss, targets, ctx.ignore_index), None
+        ops.scale_rows_(ScaleRows(grad_logits, materialized(grad_loss), targets, ctx.ignore_index, ctx.backend))
+        return grad_logits.detach(), None
 
 
-def forward_with_grad_inplace(args: ForwardWithGrad) -> tuple[Tensor, ...]:
+def forward_with_grad_inplace(args: ForwardWithGrad) -> Any:
     """`forward_with_grad`, whose gradient lies in the logits' memory."""
-    values = ops.FORWARD_WITH_GRAD_.fields.flat(args)
-    return _ForwardWithGradInplace.apply(
-        *(materialized(value) if isinstance(value, Tensor) else value for value in values)
-    )
+    fields = ops.FORWARD_WITH_GRAD_.fields
+    values = fields.flat(args)
+    args = fields.of(tuple(materialized(value) if isinstance(value, Tensor) else value for value in values))
+    return _ForwardWithGradInplace.apply(args.logits, args)
 
 
 def _folded(operator: Differentiable[Any], size: int, dims: dict[str, int | None], args: Any) -> Any:
-    """`torch.vmap` of an operator over tokens, whose leading dimensions are any: one call, with one dimension more."""
+    """`torch.vmap` of an operator over tokens, whose leading dimensions are any: one call, with one dimension more.
+
+    The body of the loss reduces nothing in an operator that `torch.func` transforms.
+    """
     tensors = {
         # The state's dimensions of tokens come after its own.
         name: _with_dim(value, dims[name], size, at=int(name == "state"))
         for name, value in args._asdict().items()
         if isinstance(value, Tensor)
     }
+    shape = tensors["targets"].shape
+    for name in tensors.keys() & {"grad_loss", "token_scale"}:
+        # One number for all tokens of an entry of the batch becomes one for each.
+        tensors[name] = tensors[name].reshape(tensors[name].shape + (1,) * (len(shape) - tensors[name].dim()))
+        tensors[name] = tensors[name].expand(shape)
     if layout_of(tensors["logits"]) is None:
         tensors["logits"] = tensors["logits"].contiguous()
     result = operator(args._replace(**tensors))
     if isinstance(result, Tensor):
         return result, 0
-    # Loss, state, statistics, correct, and the gradient; statistics that were not asked for are empty.
-    out_dims = (0, 1, 1, 0, 0)
-    dims_out = tuple(None if one.shape == (0,) else dim for one, dim in zip(result, out_dims, strict=False))
-    return tuple(result), dims_out
+    # Loss, token_scale, state, statistics, correct; those that were not asked for are [0].
+    out_dims = (0, 0, 1, 1, 0)
+    result = tuple(result[0].new_empty(0) if one is None else one for one in result)
+    return result, tuple(None if one.shape == (0,) else dim for one, dim in zip(result, out_dims, strict=True))
 
 
 def _with_dim(tensor: Tensor, dim: int | None, size: int, at: int) -> Tensor:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from mixce_kernels import backends, reference
 from mixce_kernels.backends.layout import layout_of, materialized, overlaps_itself
-from mixce_kernels.checks import check_tensors, check_values
+from mixce_kernels.checks import check_tensors, check_values, is_unwrapped
 from mixce_kernels.logits import autograd
 from mixce_kernels.logits.ops import Forward, ForwardWithGrad
 from mixce_kernels.logits.overwriting import check_overwritable, hooks_on_saved_tensors, is_transformed
-from mixce_kernels.options import LossOptions, TokenOptions, accumulate_dtype, check_eta
-from mixce_kernels.reduction import Reduction
+from mixce_kernels.options import LossOptions, TokenOptions, check_eta
+from mixce_kernels.reduction import NO_REDUCTION, Reduction
 from mixce_kernels.stats import MixCEStats
 
 
@@ -47,34 +46,44 @@ def fused_loss(
     backend: str,  # what `backends.vocabulary` takes
 ) -> Tensor | tuple[Tensor, MixCEStats]:
     """The loss by a backend's kernels, of arguments that were checked before."""
-    reduction = Reduction.of(options, targets, token_options.ignore_index)
+    reduction = Reduction.of(options, targets)
     if not torch.compiler.is_compiling():
         logits = materialized(logits)
-    if logits.shape[-1] > 0 and layout_of(logits) is None:
+    if not logits.is_contiguous() and logits.shape[-1] > 0 and layout_of(logits) is None:
         logits = logits.contiguous()
     eta_tensor, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
+    # What a transformation batches are tokens' losses: PyTorch reduces them.
+    functional = torch._C._are_functorch_transforms_active()
+    in_kernels = NO_REDUCTION if functional else reduction
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
-    # A tensor that wraps another, such as one that a collective has yet to fill, is for the dispatcher to unwrap.
-    wrapped = any(isinstance(one, Tensor) and type(one) not in (Tensor, Parameter) for one in (logits, targets, eta))
-    inplace = options.inplace_backward and wants_grad and not wrapped and not is_transformed()
-    if inplace and overlaps_itself(logits):
-        raise ValueError("expected logits whose rows do not share memory for inplace_backward, got expanded logits")
+    inplace = options.inplace_backward and wants_grad and _may_overwrite(logits, targets, eta)
 
-    if options.grad_in_forward and wants_grad:
+    if options.grad_in_forward and wants_grad and not functional:
         # The gradient is final only if every factor of a token is known before the kernel runs.
         overwrite = inplace and hooks_on_saved_tensors() is None
         call = autograd.forward_with_grad_inplace if overwrite else autograd.forward_with_grad
-        loss, _, stats, correct, *_ = call(
+        loss, _, _, stats, correct, *_ = call(
             ForwardWithGrad(
-                logits, targets, reduction.token_scale(targets), eta_tensor, eta_value, token_options,
-                options.return_stats, backend,
+                logits, targets, eta_tensor, eta_value, token_options, in_kernels, options.return_stats, backend
+            )
+        )
+    else:
+        loss, _, _, stats, correct = autograd.forward(
+            Forward(
+                logits, targets, eta_tensor, eta_value, token_options, in_kernels, wants_grad or functional,
+                options.return_stats, inplace, backend,
             )
         )  # fmt: skip
-        loss = reduction.sum_of(loss)
-    else:
-        loss, _, stats, correct = autograd.forward(
-            Forward(logits, targets, eta_tensor, eta_value, token_options, options.return_stats, inplace, backend)
-        )
-        loss = reduction.apply(loss)
-    loss = loss.to(accumulate_dtype(logits.dtype))
+    if functional:
+        loss = reduction.apply(loss, targets, token_options.ignore_index)
     return (loss, MixCEStats.of(stats, correct)) if options.return_stats else loss
+
+
+def _may_overwrite(logits: Tensor, targets: Tensor, eta: float | Tensor) -> bool:
+    """Whether the gradient may take the logits' memory; raises ValueError where rows share it."""
+    # A tensor that wraps another, such as one that a collective has yet to fill, is for the dispatcher to unwrap.
+    if is_transformed() or not is_unwrapped(logits, targets, eta):
+        return False
+    if overlaps_itself(logits):
+        raise ValueError("expected logits whose rows do not share memory for inplace_backward, got expanded logits")
+    return True

@@ -1,11 +1,12 @@
 """The operators of the loss of logits: their arguments, and the shapes of their results; a backend does the arithmetic.
 
-    forward             logits -> loss, state, stats, correct              (one read of the logits)
-    logits_grad         logits, state, grad_loss -> grad_logits            (one read, one write)
-    forward_with_grad   both at once, for an upstream gradient known in advance
+    forward             logits -> loss, token_scale, state, stats, correct         (one read of the logits)
+    logits_grad         logits, state, grad_loss, token_scale -> grad_logits       (one read, one write)
+    forward_with_grad   both at once, for an upstream gradient of 1
 
-The last multiplies the loss by that upstream gradient, too. A name that ends in `_` writes the gradient over the
-logits. State and statistics are those of `backends.results.Results`; `backend` is what `backends.vocabulary` takes.
+The loss is reduced, and `token_scale` is what a token's own has for a factor in it. A name that ends in `_` writes the
+gradient over the logits. Results are those of `backends.results.Results`; `backend` is what `backends.vocabulary`
+takes.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from mixce_kernels import backends
 from mixce_kernels.backends.results import Results, empty_results
 from mixce_kernels.operators import Operator
 from mixce_kernels.options import TokenOptions
+from mixce_kernels.reduction import Reduction
 
-RESULTS = "Tensor loss, Tensor state, Tensor stats, Tensor correct"
+RESULTS = "Tensor loss, Tensor token_scale, Tensor state, Tensor stats, Tensor correct"
 
 
 class Forward(NamedTuple):
@@ -31,6 +33,8 @@ class Forward(NamedTuple):
     eta: Tensor | None  # [...]
     eta_value: float  # used where eta is None
     options: TokenOptions
+    reduction: Reduction
+    with_state: bool  # whether a gradient may follow
     with_stats: bool
     inplace_backward: bool
     backend: str
@@ -42,7 +46,8 @@ class LogitsGrad(NamedTuple):
     logits: Tensor  # [..., V]
     targets: Tensor  # [...]
     state: Tensor  # [STATE_WIDTH, ...]
-    grad_loss: Tensor  # [...]
+    grad_loss: Tensor  # [] or [...]
+    token_scale: Tensor | None  # [] or [...]
     eta: Tensor | None  # [...]
     eta_value: float
     options: TokenOptions
@@ -55,7 +60,8 @@ class LogitsGradInplace(NamedTuple):
     logits: Tensor  # [..., V]
     targets: Tensor  # [...]
     state: Tensor  # [STATE_WIDTH, ...]
-    grad_loss: Tensor  # [...]
+    grad_loss: Tensor  # [] or [...]
+    token_scale: Tensor | None  # [] or [...]
     options: TokenOptions
     backend: str
 
@@ -65,10 +71,10 @@ class ForwardWithGrad(NamedTuple):
 
     logits: Tensor  # [..., V]
     targets: Tensor  # [...]
-    grad_loss: Tensor  # [...]
     eta: Tensor | None  # [...]
     eta_value: float
     options: TokenOptions
+    reduction: Reduction
     with_stats: bool
     backend: str
 
@@ -77,15 +83,19 @@ class ScaleRows(NamedTuple):
     """The arguments of `scale_rows_`."""
 
     grad_logits: Tensor  # [..., V]
-    grad_loss: Tensor  # [...]
+    grad_loss: Tensor  # [] or [...]
+    targets: Tensor  # [...]
+    ignore_index: int
     backend: str
 
 
-def forward(args: Forward) -> Results:
-    results = empty_results(args.logits, args.targets, args.with_stats)
+def forward(args: Forward) -> tuple[Tensor | None, ...]:
+    results = _empty_results(args, args.with_state)
     kernels = backends.vocabulary(args.backend).kernels
-    kernels.forward(args.logits, args.targets, args.eta, args.eta_value, args.options, results, None, None)
-    return results
+    kernels.forward(
+        args.logits, args.targets, args.eta, args.eta_value, args.options, args.reduction, results, None, None
+    )
+    return results.returned()
 
 
 def logits_grad(args: LogitsGrad) -> Tensor:
@@ -99,52 +109,61 @@ def logits_grad_(args: LogitsGradInplace) -> None:
     increment_version(args.logits)
 
 
-def forward_with_grad(args: ForwardWithGrad) -> tuple[Tensor, ...]:
+def forward_with_grad(args: ForwardWithGrad) -> tuple[Tensor | None, ...]:
     grad_logits = _empty_grad(args)
     return *_forward_into(args, grad_logits), grad_logits
 
 
-def forward_with_grad_(args: ForwardWithGrad) -> Results:
+def forward_with_grad_(args: ForwardWithGrad) -> tuple[Tensor | None, ...]:
     results = _forward_into(args, args.logits)
     increment_version(args.logits)
     return results
 
 
 def scale_rows_(args: ScaleRows) -> None:
-    backends.vocabulary(args.backend).kernels.scale_rows_(args.grad_logits, args.grad_loss)
+    kernels = backends.vocabulary(args.backend).kernels
+    kernels.scale_rows_(args.grad_logits, args.grad_loss, args.targets, args.ignore_index)
     increment_version(args.grad_logits)
 
 
 def _write_grad(args: LogitsGrad | LogitsGradInplace, grad_logits: Tensor) -> None:
     kernels = backends.vocabulary(args.backend).kernels
-    kernels.logits_grad(args.logits, args.targets, args.state, args.grad_loss, args.options, grad_logits)
-
-
-def _forward_into(args: ForwardWithGrad, grad_logits: Tensor) -> Results:
-    results = empty_results(args.logits, args.targets, args.with_stats)
-    kernels = backends.vocabulary(args.backend).kernels
-    kernels.forward(
-        args.logits, args.targets, args.eta, args.eta_value, args.options, results, args.grad_loss, grad_logits
+    kernels.logits_grad(
+        args.logits, args.targets, args.state, args.grad_loss, args.token_scale, args.options, grad_logits
     )
-    return results._replace(loss=results.loss * args.grad_loss)
+
+
+def _forward_into(args: ForwardWithGrad, grad_logits: Tensor) -> tuple[Tensor | None, ...]:
+    kernels = backends.vocabulary(args.backend).kernels
+    results = _empty_results(args)
+    token_scale = results.token_scale
+    if token_scale is not None:
+        # Every factor of a token must be known before its row is read.
+        kernels.reduce(args.targets, args.options.ignore_index, args.reduction, None, None, token_scale)
+    kernels.forward(
+        args.logits, args.targets, args.eta, args.eta_value, args.options, args.reduction,
+        results._replace(token_scale=None), token_scale, grad_logits,
+    )  # fmt: skip
+    return results.returned()
+
+
+def _empty_results(args: Forward | ForwardWithGrad, with_state: bool = True) -> Results:
+    return empty_results(args.logits, args.targets, args.reduction, with_state=with_state, with_stats=args.with_stats)
 
 
 def _empty_grad(args: LogitsGrad | ForwardWithGrad) -> Tensor:
     return args.logits.new_empty(args.logits.shape)
 
 
-def _empty_weighted_results(args: ForwardWithGrad) -> Results:
-    results = empty_results(args.logits, args.targets, args.with_stats)
-    return results._replace(loss=results.loss * args.grad_loss)
-
-
-FORWARD = Operator(forward, RESULTS, lambda args: empty_results(args.logits, args.targets, args.with_stats))
+FORWARD = Operator(forward, RESULTS, lambda args: _empty_results(args, args.with_state).returned())
 LOGITS_GRAD = Operator(logits_grad, "Tensor", _empty_grad)
 LOGITS_GRAD_ = Operator(logits_grad_, "", writes="logits")
 FORWARD_WITH_GRAD = Operator(
     forward_with_grad,
     f"{RESULTS}, Tensor grad_logits",
-    lambda args: (*_empty_weighted_results(args), _empty_grad(args)),
+    lambda args: (*_empty_results(args).returned(), _empty_grad(args)),
 )
-FORWARD_WITH_GRAD_ = Operator(forward_with_grad_, RESULTS, _empty_weighted_results, writes="logits")
+FORWARD_WITH_GRAD_ = Operator(
+    forward_with_grad_, RESULTS, lambda args: _empty_results(args).returned(), writes="logits"
+)
 SCALE_ROWS_ = Operator(scale_rows_, "", writes="grad_logits")

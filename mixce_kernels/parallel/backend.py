@@ -29,6 +29,7 @@ from mixce_kernels.parallel.collectives import all_gather, copy_to
 from mixce_kernels.parallel.merge import MergedStats, local_targets, merged, narrowed, numbers_per_token, write_part
 from mixce_kernels.parallel.reference import sharded_token_losses
 from mixce_kernels.parallel.shard import Shard
+from mixce_kernels.reduction import Reduction
 from mixce_kernels.stats import MixCEStats
 from mixce_kernels.token_terms import TokenTerms, token_terms
 
@@ -99,8 +100,9 @@ class ShardBackend:
         eta: Tensor | None,  # [...]
         eta_value: float,
         options: TokenOptions,
+        reduction: Reduction,
         results: Results,
-        grad_loss: Tensor | None,  # [...]
+        token_scale: Tensor | None,  # [] or [...]
         grad_logits: Tensor | None,  # [..., columns]
     ) -> None:
         """Loss, state and statistics of the whole rows, and the shard's gradient where `grad_logits` is given.
@@ -110,7 +112,7 @@ class ShardBackend:
             IndexError: on every rank, from `cpu`: no rank holds a target.
         """
         shard, group = self.shard, self.shard.group
-        state, with_stats = results.state, results.with_stats
+        losses, with_stats = results.losses, results.stats is not None
         mixing = eta_value if eta is None else eta
         facts = CallFacts(targets.numel(), logits.dtype, mixing, options, with_stats)
         signature = shard.signature(logits.shape[-1], facts)
@@ -118,7 +120,7 @@ class ShardBackend:
             agreement.meet(signature, group, logits)
         # Each rank's message: the header, and its numbers of each token one after another.
         shape = (numbers_per_token(options, with_stats), *targets.shape)
-        message = state.new_empty(_HEADER + math.prod(shape))
+        message = losses.new_empty(_HEADER + math.prod(shape))
         header = message[:_HEADER].view(_integers(message.dtype))
         for i, value in enumerate((signature.digest(), *signature.columns)):
             header[i].fill_(value)
@@ -142,15 +144,30 @@ class ShardBackend:
             vocab_size, options,
         )  # fmt: skip
         _write(results, terms, whole, ignored)
-        if grad_logits is not None and grad_loss is not None:
-            self.logits_grad(logits, targets, state, grad_loss, options, grad_logits)
+        if not reduction.is_identity:
+            self.reduce(targets, options.ignore_index, reduction, losses, results.loss, results.token_scale)
+        if grad_logits is not None:
+            assert results.state is not None
+            self.logits_grad(logits, targets, results.state, None, token_scale, options, grad_logits)
+
+    def reduce(
+        self,
+        targets: Tensor,  # [...]
+        ignore_index: int,
+        reduction: Reduction,
+        losses: Tensor | None,  # [...]
+        loss: Tensor | None,  # [] or [...]
+        token_scale: Tensor | None,  # [] or [...]
+    ) -> None:
+        self.backend.reduce(targets, ignore_index, reduction, losses, loss, token_scale)
 
     def logits_grad(
         self,
         logits: Tensor,  # [..., columns]
         targets: Tensor,  # [...], of the whole vocabulary
         state: Tensor,  # [STATE_WIDTH, ...], of the whole rows
-        grad_loss: Tensor,  # [...], the same on every rank
+        grad_loss: Tensor | None,  # [] or [...], the same on every rank
+        token_scale: Tensor | None,  # [] or [...]
         options: TokenOptions,
         grad_logits: Tensor,  # [..., columns]
     ) -> None:
@@ -161,24 +178,25 @@ class ShardBackend:
         if columns.number > 0:
             local = local_targets(targets, columns)
             local_options = options._replace(ignore_index=_int64(options.ignore_index - columns.start))
-            self.backend.logits_grad(real, local, state, grad_loss, local_options, grad)
+            self.backend.logits_grad(real, local, state, grad_loss, token_scale, local_options, grad)
         if columns.number < logits.shape[-1]:
             grad_logits[..., columns.number :] = 0.0
 
-    def scale_rows_(self, grad_logits: Tensor, grad_loss: Tensor) -> None:
+    def scale_rows_(self, grad_logits: Tensor, grad_loss: Tensor, targets: Tensor | None, ignore_index: int) -> None:
         columns = self.shard.columns(grad_logits.shape[-1])
         if columns.number > 0:
-            self.backend.scale_rows_(narrowed(grad_logits, columns.number), grad_loss)
+            self.backend.scale_rows_(narrowed(grad_logits, columns.number), grad_loss, targets, ignore_index)
 
 
 def _write(results: Results, terms: TokenTerms, rows: MergedStats, ignored: Tensor) -> None:
     """The results of the tokens, 0 where ignored."""
-    loss, state, stats, correct = results
+    _, _, state, stats, correct, losses = results
     numbers = torch.stack((terms.loss, rows.m, rows.s, terms.a, terms.c, terms.t))
     numbers.masked_fill_(ignored, 0.0)
-    loss.copy_(numbers[0])
-    state.copy_(numbers[1:])
-    if rows.entropy is not None and rows.correct is not None:
+    losses.copy_(numbers[0])
+    if state is not None:
+        state.copy_(numbers[1:])
+    if stats is not None and correct is not None and rows.entropy is not None and rows.correct is not None:
         numbers = torch.stack((terms.nll, terms.q, terms.weight, terms.lse, rows.entropy))
         stats.copy_(numbers.masked_fill_(ignored, 0.0))
         correct.copy_(rows.correct & ~ignored & ~terms.nll.isnan())

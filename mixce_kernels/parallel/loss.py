@@ -91,5 +91,5 @@ def _reference_loss(
 ) -> Tensor | tuple[Tensor, MixCEStats]:
     token_options = options.for_tokens()
     loss, stats = sharded_token_losses(shard, logits, targets, eta, token_options)
-    loss = Reduction.of(options, targets, token_options.ignore_index).apply(loss).to(accumulate_dtype(logits.dtype))
+    loss = Reduction.of(options, targets).apply(loss, targets, token_options.ignore_index)
     return (loss, stats) if options.return_stats else loss

@@ -11,6 +11,7 @@ from mixce_kernels.backends.base import Backend
 from mixce_kernels.backends.results import empty_results
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel.agreement import Columns
+from mixce_kernels.reduction import NO_REDUCTION
 from mixce_kernels.stats import MixCEStats
 
 # What the kernels of a forward are told instead of a target that is ignored.
@@ -62,21 +63,23 @@ def write_part(
     local = local_targets(targets, columns)
     nearest = local.clamp(0, columns.number - 1)
     asked = nearest.masked_fill(ignored, _IGNORED)
-    loss, state, stats, correct = results = empty_results(logits, targets, smooth or with_stats)
+    results = empty_results(logits, targets, NO_REDUCTION, with_state=True, with_stats=smooth or with_stats)
+    loss, state, stats, correct = results.loss, results.state, results.stats, results.correct
+    assert state is not None
     # With eta = 1 the loss is the cross-entropy: nll, or with a smoothing of 1 what the mean is made from.
     alone = TokenOptions(_IGNORED, float(smooth), 0.0, options.softcap, options.logit_scale)
     logits = narrowed(logits, columns.number)
-    backend.forward(logits, asked, None, 1.0, alone, results, None, None)
+    backend.forward(logits, asked, None, 1.0, alone, NO_REDUCTION, results, None, None)
     m_and_s = part[:2].copy_(state[:2])
     # Some kernels' m is finite in a row of -inf. Such a row has no differences; a NaN among its logits shows in s.
     m_and_s[0].masked_fill_(m_and_s[1] == -torch.inf, -torch.inf)
-    nll = stats[0] if smooth or with_stats else loss
+    nll = loss if stats is None else stats[0]
     torch.sub(m_and_s[1], nll, out=part[2]).nan_to_num_(0.0, torch.inf, -torch.inf).masked_fill_(
         nearest != local, torch.inf
     )
     if smooth:
         torch.sub(m_and_s[1], loss, out=part[3]).nan_to_num_(0.0, torch.inf, -torch.inf)
-    if with_stats:
+    if with_stats and stats is not None and correct is not None:
         part[3 + smooth] = with_correct(MixCEStats.of(stats, correct))
     if raw:
         part[-1] = logits.amax(-1)

@@ -23,6 +23,17 @@ def eta_of(eta_ptr, row, eta_stride, eta_value, HAS_ETA: tl.constexpr):
 
 
 @triton.jit
+def upstream_of(grad_loss_ptr, token_scale_ptr, row, grad_loss_stride, token_scale_stride, real: tl.constexpr):
+    """The upstream gradient of tokens' own losses: that of the loss times their factors in it, None for 1."""
+    upstream = tl.full((), 1.0, tl.float64)
+    if token_scale_ptr is not None:
+        upstream = tl.load(token_scale_ptr + row * token_scale_stride)
+    if grad_loss_ptr is not None:
+        upstream *= tl.load(grad_loss_ptr + row * grad_loss_stride).to(tl.float64)
+    return upstream.to(real)
+
+
+@triton.jit
 def finish_rows(
     results,  # addresses of loss, state, stats and correct
     n_rows,
@@ -58,8 +69,9 @@ def finish_rows(
     loss_ptr, state_ptr, stats_ptr, correct_ptr = results
     state = (m, s.to(real), a.to(real), c.to(real), t.to(real))
     store(loss_ptr + at, loss.to(real), written, valid)
-    for i in tl.static_range(STATE_WIDTH):
-        store(state_ptr + i * n_rows + at, state[i], written, valid)
+    if state_ptr is not None:
+        for i in tl.static_range(STATE_WIDTH):
+            store(state_ptr + i * n_rows + at, state[i], written, valid)
     if STATS:
         stats = (nll, q, weight, lse, s - diff_scale * (sum_exp_shifted / sum_exp))
         for i in tl.static_range(STATS_WIDTH):
@@ -84,8 +96,9 @@ def finish_ignored_row(results, n_rows, STATS: tl.constexpr):
     """Stores the results of an ignored row, all 0."""
     loss_ptr, state_ptr, stats_ptr, correct_ptr = results
     tl.store(loss_ptr, 0.0)
-    for i in tl.static_range(STATE_WIDTH):
-        tl.store(state_ptr + i * n_rows, 0.0)
+    if state_ptr is not None:
+        for i in tl.static_range(STATE_WIDTH):
+            tl.store(state_ptr + i * n_rows, 0.0)
     if STATS:
         for i in tl.static_range(STATS_WIDTH):
             tl.store(stats_ptr + i * n_rows, 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.epilogue import column_of, eta_of, finish_ignored_row, finish_rows
+from mixce_kernels.triton_kernels.epilogue import column_of, eta_of, finish_ignored_row, finish_rows, upstream_of
 from mixce_kernels.triton_kernels.jit import bound, kernel
 from mixce_kernels.triton_kernels.mixce_math import grad_terms, transform_of
 from mixce_kernels.triton_kernels.row_grad import converted_anew, fill_zeros, grad_of, row_grad
@@ -33,10 +33,10 @@ def forward_kernel(
     targets_ptr,  # [N]
     eta_ptr,  # [N], where HAS_ETA
     loss_ptr,  # [N]
-    state_ptr,  # [STATE_WIDTH, N]
+    state_ptr,  # [STATE_WIDTH, N], or None
     stats_ptr,  # [STATS_WIDTH, N], where STATS
     correct_ptr,  # [N], where STATS
-    grad_loss_ptr,  # [N], where HAS_GRAD
+    token_scale_ptr,  # [N], where HAS_GRAD, or None
     grad_ptr,  # [N, V] as rows, where HAS_GRAD
     partial_ptr,  # [N, PARTIALS, CTAS], where CTAS > 1
     n_rows: tl.int64,
@@ -49,7 +49,7 @@ def forward_kernel(
     grad_outer_stride: tl.int64,
     grad_inner_stride: tl.int64,
     eta_stride: tl.int64,
-    grad_loss_stride: tl.int64,
+    token_scale_stride: tl.int64,
     ignore_index: tl.int64,
     eta_value: tl.float64,
     label_smoothing: tl.float64,
@@ -80,7 +80,12 @@ def forward_kernel(
     STEP: tl.constexpr = CTAS * LANES * VECTOR
     BLOCK: tl.constexpr = STACK * STEP
     row = tl.program_id(0)
-    results = (loss_ptr + row, state_ptr + row, stats_ptr + row, correct_ptr + row)
+    results = (
+        loss_ptr + row,
+        state_ptr if state_ptr is None else state_ptr + row,
+        stats_ptr + row,
+        correct_ptr + row,
+    )
     target = tl.load(targets_ptr + row).to(tl.int64)
     if HAS_GRAD:
         grad_ptr += row_offset(row, grad_inner, grad_outer_stride, grad_inner_stride)
@@ -140,8 +145,8 @@ def forward_kernel(
 
     # Pass 2.
     if HAS_GRAD:
-        grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride).to(real)
-        terms = grad_terms(state, grad_loss, logit_scale)
+        upstream = upstream_of(None, token_scale_ptr, row, 0, token_scale_stride, real)
+        terms = grad_terms(state, upstream, logit_scale)
         if HELD is None:
             row_grad(
                 logits_ptr, grad_ptr, vocab_size, n_steps, 0, n_steps, target_column, terms, transform,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.epilogue import column_of
+from mixce_kernels.triton_kernels.epilogue import column_of, upstream_of
 from mixce_kernels.triton_kernels.jit import bound, kernel
 from mixce_kernels.triton_kernels.mixce_math import STATE_WIDTH, grad_terms, transform_of
 from mixce_kernels.triton_kernels.row_grad import fill_zeros, row_grad
@@ -23,7 +23,8 @@ def logits_grad_kernel(
     logits_ptr,  # [N, V] as rows
     targets_ptr,  # [N]
     state_ptr,  # [STATE_WIDTH, N]
-    grad_loss_ptr,  # [N]
+    grad_loss_ptr,  # [N], or None
+    token_scale_ptr,  # [N], or None
     grad_ptr,  # [N, V] as rows
     n_rows: tl.int64,
     vocab_size: tl.int32,
@@ -35,6 +36,7 @@ def logits_grad_kernel(
     grad_outer_stride: tl.int64,
     grad_inner_stride: tl.int64,
     grad_loss_stride: tl.int64,
+    token_scale_stride: tl.int64,
     ignore_index: tl.int64,
     n_tiles: tl.int32,
     tile_steps: tl.int32,
@@ -67,7 +69,7 @@ def logits_grad_kernel(
     # A scalar is loaded by every thread; of these vectors each warp loads an entry a thread, and broadcasts it.
     i = tl.arange(0, 32)
     values = tl.load(state_ptr + row + i * n_rows, mask=i < STATE_WIDTH, other=0.0)
-    grad_loss = tl.load(grad_loss_ptr + row * grad_loss_stride + 0 * i, mask=i == 0, other=0.0).to(real)
+    upstream = upstream_of(grad_loss_ptr, token_scale_ptr, row + 0 * i, grad_loss_stride, token_scale_stride, real)
     state = (
         broadcast(values, 0),
         broadcast(values, 1),
@@ -75,7 +77,7 @@ def logits_grad_kernel(
         broadcast(values, 3),
         broadcast(values, 4),
     )
-    terms = grad_terms(state, broadcast(grad_loss, 0), logit_scale)
+    terms = grad_terms(state, broadcast(upstream, 0), logit_scale)
     transform = transform_of(diff_scale, cap, tanh_scale, real)
     target_column = column_of(target, vocab_size)[1]
     logits_ptr += row_offset(row, inner, outer_stride, inner_stride)
@@ -89,25 +91,30 @@ def logits_grad_kernel(
 def scale_rows_kernel(
     grad_ptr,  # [N, V] as rows
     grad_loss_ptr,  # [N]
+    targets_ptr,  # [N], or None
     vocab_size: tl.int32,
     n_steps: tl.int32,
     inner: tl.int32,
     outer_stride: tl.int64,
     inner_stride: tl.int64,
     grad_loss_stride: tl.int64,
+    ignore_index: tl.int64,
     n_tiles: tl.int32,
     tile_steps: tl.int32,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """One program a tile of a row: reads and writes it, or nothing where the row's factor is 1."""
+    """One program a tile of a row: reads and writes it, or nothing where it is ignored or its factor is 1."""
     STEP: tl.constexpr = LANES * VECTOR
     program = tl.program_id(0)
     row = program // n_tiles
     first_step = program % n_tiles * tile_steps
     end_step = tl.minimum(first_step + tile_steps, n_steps)
     factor = tl.load(grad_loss_ptr + row * grad_loss_stride)
+    if targets_ptr is not None:
+        # NaN or infinity must not multiply the zeros of an ignored row.
+        factor = tl.where(tl.load(targets_ptr + row).to(tl.int64) == ignore_index, 1.0, factor)
     if factor == 1.0:
         return
     dtype: tl.constexpr = grad_ptr.dtype.element_ty

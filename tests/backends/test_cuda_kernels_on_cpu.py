@@ -139,31 +139,37 @@ def test_kernels_stay_within_their_tensors(vocab_size: int, dtype: torch.dtype, 
     from mixce_kernels.backends import cuda
     from mixce_kernels.backends.results import Results
     from mixce_kernels.options import TokenOptions, accumulate_dtype
+    from mixce_kernels.reduction import Reduction
 
     real = accumulate_dtype(dtype)
     options = TokenOptions(label_smoothing=0.1, softcap=20.0)
     logits = torch.randn(3, vocab_size).to(dtype)
     targets = torch.tensor([0, vocab_size - 1, -100])
     eta, grad_loss = torch.rand(3, dtype=real), torch.rand(3, dtype=real)
+    token_scale, weights = torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.bfloat16)
 
     def outcome(put: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """All that the backend's functions write, with every tensor where `put` copies it."""
-        x, y, weights, upstream = (put(tensor) for tensor in (logits, targets, eta, grad_loss))
+        x, y, etas, upstream, scale = (put(tensor) for tensor in (logits, targets, eta, grad_loss, token_scale))
+        reductions = Reduction("none", put(weights)), Reduction("mean", put(weights), put(torch.tensor([7])))
         nothing = torch.full((3,), torch.nan, dtype=real)
+        # Two with weights: a number for all tokens, and one each.
         results, again = (
             Results(
-                put(nothing),
+                put(nothing[:1]) if reduction.sums else put(nothing),
+                put(nothing.double()),
                 put(nothing.expand(5, 3)),
                 put(nothing.expand(5, 3)),
                 put(torch.zeros(3, dtype=torch.bool)),
+                put(nothing),
             )
-            for _ in range(2)
+            for reduction in reductions
         )
         grad, scaled = (put(torch.full_like(logits, torch.nan)) for _ in range(2))
-        cuda.forward(x, y, weights, 0.0, options, results, None, None)
-        cuda.logits_grad(x, y, results[1], upstream, options, grad)
-        cuda.forward(x, y, weights, 0.0, options, again, upstream, scaled)
-        cuda.scale_rows_(scaled, upstream)
+        cuda.forward(x, y, etas, 0.0, options, reductions[0], results, None, None)
+        cuda.logits_grad(x, y, results.state, upstream, results.token_scale, options, grad)
+        cuda.forward(x, y, etas, 0.0, options, reductions[1], again, scale, scaled)
+        cuda.scale_rows_(scaled, upstream, y, -100)
         return [tensor.clone() for tensor in (x, *results, *again, grad, scaled)]
 
     for inside, outside in zip(outcome(partial(guarded, at_end=at_end)), outcome(Tensor.clone), strict=True):

@@ -272,24 +272,26 @@ def test_bad_target_raises_from_a_graph() -> None:
 
 
 def _operator_arguments(
-    name: str, dtype: torch.dtype, backend: str, device: str, eta: Tensor | None
+    name: str, dtype: torch.dtype, backend: str, device: str, eta: Tensor | None, with_weights: bool
 ) -> tuple[Any, ...]:
     """Arguments of an operator, with the state of a forward where it wants one."""
     logits = torch.randn(2, 4, 33, device=device).to(dtype)
     targets = torch.tensor([[0, 32, -100, 4], [5, 6, 7, -100]], device=device)
     scale = torch.rand(2, 4, device=device).to(torch.float64 if dtype == torch.float64 else torch.float32)
     options = (-100, 0.1, 1e-3, 20.0, 1.3)
+    reduction = ("mean", scale, None, None) if with_weights else ("none", None, None, None)
     arguments = {
-        "forward": (logits, targets, eta, 0.3, *options, True, False, backend),
-        "forward_with_grad": (logits, targets, scale, eta, 0.3, *options, True, backend),
-        "forward_with_grad_": (logits, targets, scale, eta, 0.3, *options, True, backend),
-        "scale_rows_": (logits, scale, backend),
+        "forward": (logits, targets, eta, 0.3, *options, *reduction, True, with_weights, False, backend),
+        "forward_with_grad": (logits, targets, eta, 0.3, *options, *reduction, True, backend),
+        "forward_with_grad_": (logits, targets, eta, 0.3, *options, *reduction, True, backend),
+        "scale_rows_": (logits, scale, targets, -100, backend),
     }
     if name in arguments:
         return arguments[name]
-    _, state, _, _ = torch.ops.mixce_kernels.forward(*arguments["forward"])
+    _, token_scale, state, _, _ = torch.ops.mixce_kernels.forward(*arguments["forward"])
+    upstream = (torch.tensor(1.5, device=device).to(scale.dtype), token_scale) if with_weights else (scale, None)
     etas = (eta, 0.3) if name == "logits_grad" else ()
-    return logits, targets, state, scale, *etas, *options, backend
+    return logits, targets, state, *upstream, *etas, *options, backend
 
 
 OPERATORS = ("forward", "logits_grad", "logits_grad_", "forward_with_grad", "forward_with_grad_", "scale_rows_")
@@ -306,10 +308,11 @@ def test_every_operator_is_tried() -> None:
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("eta", [None, "column"])
-def test_opcheck(kernels: str, device: str, name: str, dtype: torch.dtype, eta: str | None) -> None:
+@pytest.mark.parametrize("with_weights", [False, True])
+def test_opcheck(kernels: str, device: str, name: str, dtype: torch.dtype, eta: str | None, with_weights: bool) -> None:
     """Schema, fake tensors, autograd registration, and a trace with dynamic shapes."""
     eta_tensor = None if eta is None else torch.rand(2, 1, device=device).expand(2, 4)
-    arguments = _operator_arguments(name, dtype, kernels, device, eta_tensor)
+    arguments = _operator_arguments(name, dtype, kernels, device, eta_tensor, with_weights)
     operator = getattr(torch.ops.mixce_kernels, name).default
     torch.library.opcheck(operator, arguments)
     if not name.endswith("_"):

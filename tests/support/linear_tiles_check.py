@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels import fused_linear_mixce_loss
+from mixce_kernels.backends.results import Results
 from mixce_kernels.linear import tiles as linear_tiles
 from mixce_kernels.linear import tiles_launch
 from support.cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
@@ -75,10 +76,8 @@ def check_tiny_upstream(upstream: float, values: str = "random", eta: str = "0.3
     options = linear_tiles.TokenOptions(**{name: keywords[name] for name in linear_tiles.TokenOptions._fields})
     hidden, weight, n_rows = inputs.hidden.detach(), inputs.weight.detach(), len(tokens.targets)
     loss, state = torch.empty(n_rows), torch.empty(5, n_rows)
-    nothing = torch.empty(0), torch.empty(0, dtype=torch.bool)
-    linear_tiles.forward(
-        hidden, weight, None, tokens.targets, None, float(tokens.eta), options, (loss, state, *nothing)
-    )
+    results = Results(loss, None, state, None, None, loss)
+    linear_tiles.forward(hidden, weight, None, tokens.targets, None, float(tokens.eta), options, results)
     grads = [torch.empty(hidden.shape), torch.empty(weight.shape)]
     linear_tiles.grad(
         hidden, weight, None, tokens.targets, state, torch.full((n_rows,), upstream), options, *grads, None
