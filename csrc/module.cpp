@@ -97,10 +97,6 @@ void define_params(py::module_& m) {
               field("grad_loss_stride", &RowParams::grad_loss_stride),
               field("token_scale", &RowParams::token_scale),
               field("token_scale_stride", &RowParams::token_scale_stride), field("state", &RowParams::state));
-  define_record(m, "ForwardParams", "forward_params", field("eta", &ForwardParams::eta),
-                field("eta_stride", &ForwardParams::eta_stride),
-                field("eta_value", &ForwardParams::eta_value), field("losses", &ForwardParams::losses),
-                field("stats", &ForwardParams::stats), field("correct", &ForwardParams::correct));
   define_record(m, "ReductionParams", "reduction_params", field("losses", &ReductionParams::losses),
                 field("number", &ReductionParams::number), field("targets", &ReductionParams::targets),
                 field("targets_int64", &ReductionParams::targets_int64),
@@ -113,6 +109,52 @@ void define_params(py::module_& m) {
                 field("num_items_dtype", &ReductionParams::num_items_dtype),
                 field("num_items_value", &ReductionParams::num_items_value),
                 field("loss", &ReductionParams::loss), field("token_scale", &ReductionParams::token_scale));
+}
+
+// What a forward has of its sizes and options, and the call that this makes of its tensors.
+void define_forward(py::module_& m) {
+  py::class_<ForwardCall>(m, "ForwardCall");
+  m.def(
+      "forward_call_of_shape",
+      [](const RowParams& rows, int64_t upstream_stride, int64_t eta_stride, const ReductionParams& reduction,
+         bool reduces) {
+        ForwardCall call{rows, {}, reduction, reduces};
+        call.rows.token_scale_stride = upstream_stride;
+        call.results.eta_stride = eta_stride;
+        return call;
+      },
+      py::kw_only(), py::arg("rows"), py::arg("upstream_stride"), py::arg("eta_stride"), py::arg("reduction"),
+      py::arg("reduces"));
+  m.def(
+      "forward_call",
+      [](const ForwardCall& shape, uintptr_t logits, uintptr_t targets, uintptr_t grad_logits,
+         uintptr_t upstream, uintptr_t eta, double eta_value, uintptr_t weights, uintptr_t num_items,
+         double num_items_value, uintptr_t loss, uintptr_t token_scale, uintptr_t losses, uintptr_t state,
+         uintptr_t stats, uintptr_t correct) {
+        ForwardCall call = shape;
+        convert(logits, call.rows.logits);
+        convert(targets, call.rows.targets);
+        convert(grad_logits, call.rows.grad_logits);
+        convert(upstream, call.rows.token_scale);
+        convert(state, call.rows.state);
+        convert(eta, call.results.eta);
+        call.results.eta_value = eta_value;
+        convert(losses, call.results.losses);
+        convert(stats, call.results.stats);
+        convert(correct, call.results.correct);
+        convert(losses, call.reduction.losses);
+        convert(targets, call.reduction.targets);
+        convert(weights, call.reduction.weights);
+        convert(num_items, call.reduction.num_items);
+        call.reduction.num_items_value = num_items_value;
+        convert(loss, call.reduction.loss);
+        convert(token_scale, call.reduction.token_scale);
+        return call;
+      },
+      py::arg("shape"), py::kw_only(), py::arg("logits"), py::arg("targets"), py::arg("grad_logits"),
+      py::arg("upstream"), py::arg("eta"), py::arg("eta_value"), py::arg("weights"), py::arg("num_items"),
+      py::arg("num_items_value"), py::arg("loss"), py::arg("token_scale"), py::arg("losses"),
+      py::arg("state"), py::arg("stats"), py::arg("correct"));
 }
 
 void define_cpu(py::module_& m) {
@@ -151,6 +193,7 @@ void define_cuda(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native row kernels of mixce_kernels; see csrc/params.h for the records.";
   define_params(m);
+  define_forward(m);
   define_cpu(m);
 #ifdef MIXCE_CUDA
   define_cuda(m);

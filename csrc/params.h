@@ -87,4 +87,12 @@ struct ReductionParams {
   double* token_scale;     // a token's factor in the loss: a number or, with weights, [N]; null: not wanted
 };
 
+// All that a forward is told.
+struct ForwardCall {
+  RowParams rows;
+  ForwardParams results;
+  ReductionParams reduction;
+  bool reduces;
+};
+
 }  // namespace mixce

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -44,20 +45,26 @@ class Fields(Generic[R]):
         """Takes a NamedTuple whose fields have a type of a schema, or are such records."""
         self.record = record
         self.names: list[str] = []
+        self._paths: list[str] = []
         self._schemas: list[str] = []
         # Records within this one, from the first to the last, by their place among its own fields.
         self._within: list[tuple[int, Fields[Any]]] = []
         for i, (name, hint) in enumerate(typing.get_type_hints(record).items()):
             if hint in _TYPES:
                 self.names.append(name)
+                self._paths.append(name)
                 self._schemas.append(_TYPES[hint])
             else:
                 within = Fields(hint)
                 self._within.append((i, within))
                 self.names += within.names
+                self._paths += [f"{name}.{path}" for path in within._paths]
                 self._schemas += within._schemas
         self._tensors = [i for i, schema in enumerate(self._schemas) if schema.startswith("Tensor")]
         self.tensor_names = [self.names[i] for i in self._tensors]
+        paths = [self._paths[i] for i in self._tensors]
+        # For less than two it gives no tuple; an operator's record has more.
+        self._get_tensors = attrgetter(*paths) if len(paths) > 1 else None
 
     def schema(self, writes: str | None = None) -> str:
         """The arguments of an operator that writes to the one of that name."""
@@ -81,9 +88,11 @@ class Fields(Generic[R]):
             values = (*values[:i], within.of(values[i:end]), *values[end:])
         return self.record(*values)
 
-    def tensors(self, values: tuple[Any, ...]) -> list[Tensor | None]:
-        """The tensors among arguments in a row, and None where one may be missing and is."""
-        return [values[i] for i in self._tensors]
+    def tensors_of(self, record: R) -> tuple[Tensor | None, ...]:
+        """The tensors of a record in a row, None where one may be missing and is."""
+        assert self._get_tensors is not None
+        found: tuple[Tensor | None, ...] = self._get_tensors(record)
+        return found
 
     def with_tensors(self, values: Sequence[Any], tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
         """Arguments in a row with these in the places of tensors."""
@@ -95,7 +104,7 @@ class Fields(Generic[R]):
     def save(self, ctx: Any, record: R, *others: Tensor | None) -> None:
         """Keeps a record, and other tensors, for backward: its tensors under whatever hooks there are."""
         values = self.flat(record)
-        ctx.save_for_backward(*self.tensors(values), *others)
+        ctx.save_for_backward(*self.tensors_of(record), *others)
         ctx.values = self.with_tensors(values, (None,) * len(self._tensors))
 
     def saved(self, ctx: Any) -> tuple[R, tuple[Any, ...]]:
@@ -137,10 +146,7 @@ class Operator(Generic[R]):
     def _of_values(self, function: Callable[[R], Any]) -> Callable[..., Any]:
         def of_values(*values: Any) -> Any:
             result = function(self.fields.of(values))
-            if not isinstance(result, tuple):
-                return result
-            # A schema has no results that may be missing: these are [0] here.
-            return tuple(result[0].new_empty(0) if one is None else one for one in result)
+            return without_none(result) if isinstance(result, tuple) else result
 
         return of_values
 
@@ -210,31 +216,49 @@ class Differentiable(Generic[R]):
 
     def __call__(self, record: R) -> Any:
         """What the operator returns, with its derivative where one is asked for."""
-        values = self.fields.flat(record)
         if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and not _collectives_are_watched()):
-            return self.operator.dispatched(*values)
-        tensors = self.fields.tensors(values)
+            return self.operator.dispatched(*self.fields.flat(record))
+        tensors = self.fields.tensors_of(record)
         copies = differentiate = False
         for tensor in tensors:
-            if tensor is None:
+            if tensor is None or (type(tensor) in _PLAIN and torch._C._dispatch_keys(tensor).raw_repr() in _SIMPLE):
+                differentiate = differentiate or (tensor is not None and tensor.requires_grad)
                 continue
-            if type(tensor) not in (Tensor, Parameter) or _is_batch_of_grads(tensor):
-                return self.operator.dispatched(*values)
-            copies = copies or needs_copy(tensor)
+            if type(tensor) not in _PLAIN or _is_batch_of_grads(tensor):
+                return self.operator.dispatched(*self.fields.flat(record))
+            copies = copies or _needs_copy(tensor)
             differentiate = differentiate or tensor.requires_grad
         if torch._C._are_functorch_transforms_active():
-            return self.transformable_node.apply(*values)
+            return self.transformable_node.apply(*self.fields.flat(record))
         if copies:
-            tensors = [None if tensor is None else materialized(tensor) for tensor in tensors]
-            record = self.fields.of(self.fields.with_tensors(values, tensors))
+            tensors = tuple(None if tensor is None else materialized(tensor) for tensor in tensors)
+            record = self.fields.of(self.fields.with_tensors(self.fields.flat(record), tensors))
         # In forward mode a node says that it has no such derivative; a kernel would lose it silently.
         if (differentiate and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
             return self.node.apply(*tensors, record)
         return self.operator.kernel(record)
 
 
+_PLAIN = frozenset((Tensor, Parameter))
+# The sets of dispatch keys of tensors that were found to be what their memory holds, and no batches.
+_SIMPLE: set[int] = set()
+
+
+def _needs_copy(tensor: Tensor) -> bool:
+    """Whether memory does not hold the tensor as it is; its dispatch keys say so, and need no second look."""
+    needed = needs_copy(tensor)
+    if not needed and not torch._C._are_functorch_transforms_active():
+        _SIMPLE.add(torch._C._dispatch_keys(tensor).raw_repr())
+    return needed
+
+
+def without_none(results: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Results with [0] for those that are missing, since a schema knows no such."""
+    return tuple(results[0].new_empty(0) if one is None else one for one in results)
+
+
 def given(result: Tensor | None) -> Tensor | None:
-    """A result that may be missing, from an operator: None where it is, also where the dispatcher has [0] for it."""
+    """A result that may be missing, from an operator: None where it is, also as `without_none` has it."""
     return None if result is None or result.shape == (0,) else result
 
 

@@ -93,20 +93,27 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
-int64_t cpu_forward(const RowParams& params, const ForwardParams& forward, const ReductionParams* reduction,
-                    const CpuLaunch& launch) {
+int64_t cpu_forward(const ForwardCall& call, const CpuLaunch& launch) {
+  const RowParams& params = call.rows;
+  ForwardParams results = call.results;
+  ReductionParams reduction = call.reduction;
   const int64_t rows = params.logits_rows.number;
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t target = target_at(params, row);
     if (target != params.options.ignore_index && (target < 0 || target >= params.vocab_size)) return row;
   }
+  std::vector<double> losses;
+  if (results.losses == nullptr) {
+    losses.resize(rows);
+    reduction.losses = results.losses = losses.data();
+  }
   const auto kernel = kernels_of(launch.isa).forward[static_cast<int>(params.dtype)];
   const size_t bytes = params.grad_logits == nullptr ? 0 : scratch_bytes(params);
   parallel_rows(rows, launch, [&](int64_t begin, int64_t end) {
-    kernel(params, forward, launch.streaming_stores, bytes == 0 ? nullptr : thread_scratch(bytes), begin,
+    kernel(params, results, launch.streaming_stores, bytes == 0 ? nullptr : thread_scratch(bytes), begin,
            end);
   });
-  if (reduction != nullptr) cpu_reduce(*reduction);
+  if (call.reduces) cpu_reduce(reduction);
   return -1;
 }
 

@@ -18,10 +18,9 @@ struct CpuLaunch {
 // Instruction sets that this machine can run, best first.
 std::vector<std::string> supported_isas();
 
-// With a `reduction` unless it is null. Returns the first row whose target is out of range, having written
-// nothing, or -1.
-int64_t cpu_forward(const RowParams& params, const ForwardParams& forward, const ReductionParams* reduction,
-                    const CpuLaunch& launch);
+// Losses of tokens that no result points to stay here. Returns the first row whose target is out of range,
+// having written nothing, or -1.
+int64_t cpu_forward(const ForwardCall& call, const CpuLaunch& launch);
 void cpu_reduce(const ReductionParams& params);
 void cpu_logits_grad(const RowParams& params, const CpuLaunch& launch);
 void cpu_scale_rows(const RowParams& params, const CpuLaunch& launch);

@@ -111,16 +111,15 @@ int cuda_partial_bytes(DType dtype) {
   });
 }
 
-void cuda_forward(const RowParams& params, const ForwardParams& forward_params,
-                  const ReductionParams* reduction, const CudaLaunch& launch) {
-  with_type(params.dtype, [&](auto tag) {
-    with_bool(has_softcap(params.options), [&](auto cap) {
-      with_bool(needs_moments(params.options) || forward_params.stats != nullptr, [&](auto moments) {
-        forward<typename decltype(tag)::Type, cap.value, moments.value>(params, forward_params, launch);
+void cuda_forward(const ForwardCall& call, const CudaLaunch& launch) {
+  with_type(call.rows.dtype, [&](auto tag) {
+    with_bool(has_softcap(call.rows.options), [&](auto cap) {
+      with_bool(needs_moments(call.rows.options) || call.results.stats != nullptr, [&](auto moments) {
+        forward<typename decltype(tag)::Type, cap.value, moments.value>(call.rows, call.results, launch);
       });
     });
   });
-  if (reduction != nullptr) cuda_reduce(*reduction, launch);
+  if (call.reduces) cuda_reduce(call.reduction, launch);
 }
 
 void cuda_reduce(const ReductionParams& params, const CudaLaunch& launch) {

@@ -28,9 +28,8 @@ CudaDevice cuda_device(int device);
 int cuda_state_bytes(DType dtype);
 int cuda_partial_bytes(DType dtype);
 
-// With a `reduction` in a kernel of its own, unless it is null.
-void cuda_forward(const RowParams& params, const ForwardParams& forward, const ReductionParams* reduction,
-                  const CudaLaunch& launch);
+// The reduction is a kernel of its own.
+void cuda_forward(const ForwardCall& call, const CudaLaunch& launch);
 // Of `launch` the device and the stream alone.
 void cuda_reduce(const ReductionParams& params, const CudaLaunch& launch);
 void cuda_logits_grad(const RowParams& params, const CudaLaunch& launch);

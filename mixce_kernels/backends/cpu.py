@@ -47,29 +47,18 @@ def forward(
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     targets = targets.contiguous()
-    rows, forward, _kept = native.forward_params(
+    call, _kept = native.forward_call(
         logits=logits,
         targets=targets,
         eta=eta,
         eta_value=eta_value,
         options=options,
+        reduction=reduction,
         results=results,
         token_scale=token_scale,
         grad_logits=grad_logits,
     )
-    reduced, _kept_too = (
-        (None, None)
-        if reduction.is_identity
-        else native.reduction_params(
-            targets=targets,
-            ignore_index=options.ignore_index,
-            reduction=reduction,
-            losses=results.losses,
-            loss=results.loss,
-            token_scale=results.token_scale,
-        )
-    )
-    bad_row = _C.cpu_forward(rows, forward, reduced, _launch(logits, grad_logits))
+    bad_row = _C.cpu_forward(call, _launch(logits, grad_logits))
     if bad_row >= 0:
         raise_bad_target(bad_row, targets, options.ignore_index, logits.shape[-1])
 

@@ -60,7 +60,7 @@ def forward(
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
-    targets = targets.contiguous()
+    targets, results = targets.contiguous(), results.with_losses(targets)
     layout = reachable_layout(logits)
     dtype = native.DTYPES[logits.dtype]
     state_bytes = _C.cuda_state_bytes(dtype)
@@ -73,34 +73,23 @@ def forward(
         aligned_alike=grad_logits is not None
         and aligned_alike(logits, layout, grad_logits, reachable_layout(grad_logits), VECTOR_BYTES),
     )
-    rows, forward_params, _kept = native.forward_params(
+    call, _kept = native.forward_call(
         logits=logits,
         targets=targets,
         eta=eta,
         eta_value=eta_value,
         options=options,
+        reduction=reduction,
         results=results,
         token_scale=token_scale,
         grad_logits=None if launch.grad_apart else grad_logits,
-    )
-    reduced, _kept_too = (
-        (None, None)
-        if reduction.is_identity
-        else native.reduction_params(
-            targets=targets,
-            ignore_index=options.ignore_index,
-            reduction=reduction,
-            losses=results.losses,
-            loss=results.loss,
-            token_scale=results.token_scale,
-        )
     )
     partials = None
     if launch.n_partials > 0:
         size = launch.n_partials * _C.cuda_partial_bytes(dtype)
         partials = torch.empty(size, dtype=torch.uint8, device=logits.device)
     with on_device(logits):
-        _C.cuda_forward(rows, forward_params, reduced, _launch(logits, launch.rows, state_bytes, partials))
+        _C.cuda_forward(call, _launch(logits, launch.rows, state_bytes, partials))
     if launch.grad_apart:
         assert grad_logits is not None
         assert results.state is not None

@@ -62,38 +62,55 @@ def row_params(
     return params, grad_loss
 
 
-def forward_params(
+def forward_call(
     *,
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...], contiguous
     eta: Tensor | None,  # [...]
     eta_value: float,
     options: TokenOptions,
+    reduction: Reduction,
     results: Results,
     token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
-) -> tuple[_C.RowParams, _C.ForwardParams, Tensor | None]:
-    """The arguments of a forward, and a tensor that they point to: keep it until it has been launched."""
-    losses, stats, correct = results.losses, results.stats, results.correct
-    rows, _ = row_params(
-        logits=logits,
-        targets=targets,
-        state=results.state,
-        options=options,
-        grad_loss=None,
-        token_scale=token_scale,
-        grad_logits=grad_logits,
+) -> tuple[_C.ForwardCall, tuple[Tensor | None, ...]]:
+    """The arguments of a forward, and tensors that they point to: keep these until it has been launched."""
+    loss, new_token_scale, state, stats, correct, losses = results
+    kind, weights, num_items, num_items_value = reduction
+    eta, eta_stride = (None, 0) if eta is None else entries(eta.to(loss.dtype))
+    upstream, upstream_stride = (None, 0) if token_scale is None else entries(token_scale)
+    weights, weights_stride = (None, 0) if weights is None else entries(weights)
+    shape = _forward_call_of_shape(
+        logits.shape,
+        logits.stride(),
+        None if grad_logits is None or grad_logits is logits else grad_logits.stride(),
+        logits.dtype,
+        targets.dtype,
+        options,
+        kind,
+        (upstream_stride, eta_stride, weights_stride),
+        None if weights is None else weights.dtype,
+        None if num_items is None else num_items.dtype,
     )
-    eta, eta_stride = (None, 0) if eta is None else entries(eta.to(losses.dtype))
-    forward = _C.forward_params(
+    call = _C.forward_call(
+        shape,
+        logits=logits.data_ptr(),
+        targets=targets.data_ptr(),
+        grad_logits=0 if grad_logits is None else grad_logits.data_ptr(),
+        upstream=0 if upstream is None else upstream.data_ptr(),
         eta=0 if eta is None else eta.data_ptr(),
-        eta_stride=eta_stride,
         eta_value=eta_value,
-        losses=losses.data_ptr(),
+        weights=0 if weights is None else weights.data_ptr(),
+        num_items=0 if num_items is None else num_items.data_ptr(),
+        num_items_value=math.nan if num_items_value is None else num_items_value,
+        loss=loss.data_ptr(),
+        token_scale=0 if new_token_scale is None else new_token_scale.data_ptr(),
+        losses=0 if losses is None else losses.data_ptr(),
+        state=0 if state is None else state.data_ptr(),
         stats=0 if stats is None else stats.data_ptr(),
         correct=0 if correct is None else correct.data_ptr(),
     )
-    return rows, forward, eta
+    return call, (eta, upstream, weights)
 
 
 def grad_params(
@@ -172,6 +189,55 @@ def reduction_params(
         token_scale=0 if token_scale is None else token_scale.data_ptr(),
     )
     return params, weights
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_call_of_shape(
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    grad_strides: tuple[int, ...] | None,  # None: as the logits'
+    dtype: torch.dtype,
+    targets_dtype: torch.dtype,
+    options: TokenOptions,
+    kind: str,
+    entry_strides: tuple[int, int, int],  # of the upstream gradient, eta and the weights
+    weights_dtype: torch.dtype | None,
+    num_items_dtype: torch.dtype | None,
+) -> _C.ForwardCall:
+    """What a forward has of its sizes and options, kept for later calls."""
+    upstream_stride, eta_stride, weights_stride = entry_strides
+    rows = _reachable_rows(shape, strides)
+    grad_rows = rows if grad_strides is None else _reachable_rows(shape, grad_strides)
+    targets_int64 = targets_dtype is torch.int64
+    reduction = _C.reduction_params(
+        losses=0,
+        number=rows.number,
+        targets=0,
+        targets_int64=targets_int64,
+        dtype=DTYPES[dtype],
+        ignore_index=options.ignore_index,
+        sums=kind != "none",
+        mean=kind == "mean",
+        weights=0,
+        weights_stride=weights_stride,
+        weights_dtype=0 if weights_dtype is None else DTYPES[weights_dtype],
+        num_items=0,
+        num_items_dtype=0 if num_items_dtype is None else DTYPES[num_items_dtype],
+        num_items_value=math.nan,
+        loss=0,
+        token_scale=0,
+    )
+    return _C.forward_call_of_shape(
+        rows=_row_params_of_shape(rows, grad_rows, shape[-1], DTYPES[dtype], targets_int64, options),
+        upstream_stride=upstream_stride,
+        eta_stride=eta_stride,
+        reduction=reduction,
+        reduces=kind != "none" or weights_dtype is not None,
+    )
+
+
+def _reachable_rows(shape: torch.Size, strides: tuple[int, ...]) -> RowLayout:
+    return reachable_layout(torch.empty_strided(shape, strides, device="meta"))
 
 
 @functools.lru_cache(maxsize=1024)

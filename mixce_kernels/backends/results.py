@@ -19,11 +19,15 @@ class Results(NamedTuple):
     """The loss, and what comes with it: None for what was not asked for."""
 
     loss: Tensor  # [], or [...] where nothing is added up
-    token_scale: Tensor | None  # float64, a token's factor in the loss: [], or with weights [...]; None: 1
+    token_scale: Tensor | None  # float64 [], with weights [...]: a token's factor in the loss, for a gradient; None: 1
     state: Tensor | None  # [STATE_WIDTH, ...], for a gradient
     stats: Tensor | None  # [STATS_WIDTH, ...]
     correct: Tensor | None  # [...] bool, with statistics
-    losses: Tensor  # [...], the tokens' own; the loss itself where it is these
+    losses: Tensor | None  # [...], the tokens' own, which may be the loss; None: the backend's affair
+
+    def with_losses(self, targets: Tensor) -> Results:
+        """With memory for the losses of tokens `targets` [...]."""
+        return self if self.losses is not None else self._replace(losses=self.loss.new_empty(targets.shape))
 
     def returned(self) -> tuple[Tensor | None, ...]:
         """What an operator returns: all but the tokens' losses."""
@@ -35,17 +39,14 @@ def empty_results(
 ) -> Results:
     """Memory for the results of tokens `targets` [...], in the type of arithmetic of logits."""
     shape, dtype = targets.shape, accumulate_dtype(logits.dtype)
-    losses = logits.new_empty(shape, dtype=dtype)
-    loss = losses
-    if not reduction.is_identity:
-        loss = logits.new_empty(() if reduction.sums else shape, dtype=dtype)
+    loss = logits.new_empty(() if reduction.sums else shape, dtype=dtype)
     return Results(
         loss,
-        empty_token_scale(targets, reduction),
+        empty_token_scale(targets, reduction) if with_state else None,
         logits.new_empty((STATE_WIDTH, *shape), dtype=dtype) if with_state else None,
         logits.new_empty((STATS_WIDTH, *shape), dtype=dtype) if with_stats else None,
         logits.new_empty(shape, dtype=torch.bool) if with_stats else None,
-        losses,
+        loss if reduction.is_identity else None,
     )
 
 

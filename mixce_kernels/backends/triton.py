@@ -40,7 +40,7 @@ def forward(
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
-    rows = reachable_layout(logits)
+    rows, results = reachable_layout(logits), results.with_losses(targets)
     if rows.number > 0:
         _forward_rows(logits, rows, targets, eta, eta_value, options, results, token_scale, grad_logits)
     if not reduction.is_identity:
@@ -59,6 +59,7 @@ def _forward_rows(
     grad_logits: Tensor | None,  # [..., V]
 ) -> None:
     losses, stats, has_grad = results.losses, results.stats, grad_logits is not None
+    assert losses is not None
     grad_logits, grad_rows, same_window = _grad_layout(logits, rows, grad_logits)
     eta_entries, eta_stride = (losses, 0) if eta is None else entries(eta)
     token_scale, token_scale_stride = (None, 0) if token_scale is None else entries(token_scale)

@@ -12,7 +12,7 @@ from mixce_kernels.autocast import without_autocast
 from mixce_kernels.linear import ops
 from mixce_kernels.linear.chunks import LinearCall
 from mixce_kernels.linear.ops import LinearForward, LinearForwardWithGrad, LinearGrad
-from mixce_kernels.operators import Differentiable, Fields, given, is_plain
+from mixce_kernels.operators import Differentiable, Fields, given, is_plain, without_none
 from mixce_kernels.reduction import NO_REDUCTION
 from mixce_kernels.reference import linear_logits
 
@@ -138,7 +138,7 @@ def _looped(operator: Differentiable[Any], size: int, dims: dict[str, int | None
             value.select(dim, i) if isinstance(dim := dims[name], int) else value
             for name, value in zip(names, values, strict=True)
         )
-        results.append(operator(operator.fields.of(tuple(entry))))
+        results.append(without_none(operator(operator.fields.of(tuple(entry)))))
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 

@@ -58,7 +58,7 @@ class LinearForwardWithGrad(NamedTuple):
 
 
 def linear_forward(args: LinearForward) -> tuple[Tensor | None, ...]:
-    call, results = args.call, _empty_results(args)
+    call, results = args.call, _empty_results(args).with_losses(args.call.targets)
     with without_autocast(call.hidden):
         if call.path == "tiles":
             tiles.forward(*call.operands(), call.eta, call.eta_value, call.options, results)
@@ -88,7 +88,7 @@ def linear_grad(args: LinearGrad) -> Grads:
 def linear_forward_with_grad(args: LinearForwardWithGrad) -> tuple[Tensor | None, ...]:
     call = args.call
     columns = _columns_of_chunks(args)
-    results, grads = _empty_results(args), _empty_grads(args)
+    results, grads = _empty_results(args).with_losses(call.targets), _empty_grads(args)
     wanted = _wanted(grads, args)
     token_scale = results.token_scale
     if token_scale is None:

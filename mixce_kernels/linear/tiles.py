@@ -40,6 +40,7 @@ def forward(
 ) -> None:
     """Loss, state and statistics of each token, as `Backend.forward` of the logits."""
     losses, state, stats, correct = results.losses, results.state, results.stats, results.correct
+    assert losses is not None
     (n_rows, depth), vocab_size, itemsize = hidden.shape, weight.shape[0], hidden.element_size()
     if n_rows == 0:
         return

@@ -12,7 +12,7 @@ from mixce_kernels.backends.layout import layout_of, materialized
 from mixce_kernels.logits import ops
 from mixce_kernels.logits.ops import Forward, ForwardWithGrad, LogitsGrad, LogitsGradInplace, ScaleRows
 from mixce_kernels.logits.overwriting import Overwrite
-from mixce_kernels.operators import Differentiable, Fields, given, is_plain
+from mixce_kernels.operators import Differentiable, given, is_plain, without_none
 from mixce_kernels.reduction import NO_REDUCTION
 
 Grads = dict[str, Tensor | None]
@@ -21,21 +21,27 @@ Grads = dict[str, Tensor | None]
 def _forward_context(ctx: Any, args: Forward, output: tuple[Tensor | None, ...]) -> None:
     _, token_scale, state, *_ = output
     ctx.overwrite = Overwrite.of(args.inplace_backward)
-    _keep(ctx, ops.FORWARD.fields, args, output, state, token_scale)
+    _keep(ctx, args, output, state, token_scale)
 
 
-def _keep(ctx: Any, fields: Fields[Any], args: Any, output: tuple[Tensor | None, ...], *others: Tensor | None) -> None:
+def _keep(ctx: Any, args: Any, output: tuple[Tensor | None, ...], *others: Tensor | None) -> None:
     """Keeps the arguments but the reduction, and others, for a backward that gets a gradient of the loss alone."""
     ctx.mark_non_differentiable(*[one for one in output[1:] if one is not None])
     ctx.set_materialize_grads(False)
-    fields.save(ctx, args._replace(reduction=NO_REDUCTION), *others)
+    ctx.save_for_backward(args.logits, args.targets, args.eta, *others)
+    ctx.args = args._replace(logits=None, targets=None, eta=None, reduction=NO_REDUCTION)
+
+
+def _kept(ctx: Any) -> tuple[Any, Tensor, Tensor | None]:
+    """The arguments, the state and the tokens' factors in the loss."""
+    logits, targets, eta, state, token_scale = ctx.saved_tensors
+    return ctx.args._replace(logits=logits, targets=targets, eta=eta), state, given(token_scale)
 
 
 def _forward_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Grads:
     if grad_loss is None:
         return {}
-    args, (state, token_scale) = ops.FORWARD.fields.saved(ctx)
-    token_scale = given(token_scale)
+    args, state, token_scale = _kept(ctx)
     if ctx.overwrite.allowed(args.logits) and is_plain(grad_loss) and not torch.is_grad_enabled():
         ops.logits_grad_(
             LogitsGradInplace(
@@ -83,16 +89,16 @@ def _logits_grad_backward(ctx: Any, grad_output: Tensor) -> Grads:
 
 def _with_grad_context(ctx: Any, args: ForwardWithGrad, output: tuple[Tensor | None, ...]) -> None:
     _, token_scale, state, *_, ctx.grad_logits = output
-    _keep(ctx, ops.FORWARD_WITH_GRAD.fields, args, output, state, token_scale)
+    _keep(ctx, args, output, state, token_scale)
 
 
 def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Grads:
     if grad_loss is None:
         return {}
-    args, (state, token_scale) = ops.FORWARD_WITH_GRAD.fields.saved(ctx)
+    args, state, token_scale = _kept(ctx)
     if ctx.grad_logits is None or torch.is_grad_enabled():
         # The gradient of forward is spent, or a graph of it is asked for: compute it anew.
-        return {"logits": _grad(args, state, grad_loss, given(token_scale))}
+        return {"logits": _grad(args, state, grad_loss, token_scale)}
     grad_logits, ctx.grad_logits = ctx.grad_logits, None
     ignore_index = args.options.ignore_index
     if not is_plain(grad_logits) or not is_plain(grad_loss):
@@ -167,7 +173,7 @@ def _folded(operator: Differentiable[Any], size: int, dims: dict[str, int | None
         return result, 0
     # Loss, token_scale, state, statistics, correct; those that were not asked for are [0].
     out_dims = (0, 0, 1, 1, 0)
-    result = tuple(result[0].new_empty(0) if one is None else one for one in result)
+    result = without_none(result)
     return result, tuple(None if one.shape == (0,) else dim for one, dim in zip(result, out_dims, strict=True))
 
 

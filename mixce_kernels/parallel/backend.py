@@ -112,7 +112,9 @@ class ShardBackend:
             IndexError: on every rank, from `cpu`: no rank holds a target.
         """
         shard, group = self.shard, self.shard.group
-        losses, with_stats = results.losses, results.stats is not None
+        results, with_stats = results.with_losses(targets), results.stats is not None
+        losses = results.losses
+        assert losses is not None
         mixing = eta_value if eta is None else eta
         facts = CallFacts(targets.numel(), logits.dtype, mixing, options, with_stats)
         signature = shard.signature(logits.shape[-1], facts)
@@ -191,6 +193,7 @@ class ShardBackend:
 def _write(results: Results, terms: TokenTerms, rows: MergedStats, ignored: Tensor) -> None:
     """The results of the tokens, 0 where ignored."""
     _, _, state, stats, correct, losses = results
+    assert losses is not None
     numbers = torch.stack((terms.loss, rows.m, rows.s, terms.a, terms.c, terms.t))
     numbers.masked_fill_(ignored, 0.0)
     losses.copy_(numbers[0])
