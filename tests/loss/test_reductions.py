@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -123,3 +125,45 @@ def test_eta_broadcasts(backend: str, device: str, shape: tuple[int, ...], dtype
         one = float(eta.expand(3, 4)[row, column])
         expected = fused_mixce_loss(logits, targets, one, reduction="none", backend=backend)[row, column]
         torch.testing.assert_close(loss[row, column], expected, rtol=EPSILON, atol=0)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_many_tokens(kernels: str, device: str, reduction: str, weighted: bool) -> None:
+    """More tokens than the reduction takes at once, a part of a run included: summed in float64, rounded once."""
+    n_rows = 3 * 4096 + 5 if kernels == "triton" else 100003
+    logits, targets, weights = torch.randn(n_rows, 2, device=device), torch.randint(2, (n_rows,), device=device), None
+    targets[::7] = -100
+    if weighted:
+        weights = torch.rand(n_rows, device=device).bfloat16() - 0.25
+    keywords = {"backend": kernels, "token_weights": weights}
+    tokens = fused_mixce_loss(logits, targets, 0.3, reduction="none", backend=kernels)
+    factors = torch.where(targets == -100, 0.0, 1.0 if weights is None else weights.double())
+    expected = math.fsum((tokens.double() * factors).tolist())
+    if reduction == "mean":
+        expected /= math.fsum(factors.tolist())
+    loss = fused_mixce_loss(logits, targets, 0.3, reduction=reduction, **keywords)
+    assert float(loss) == pytest.approx(expected, rel=torch.finfo(torch.float32).eps)
+    assert torch.equal(loss, fused_mixce_loss(logits, targets, 0.3, reduction=reduction, **keywords))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.int16, torch.float16, torch.bfloat16, torch.float64])
+def test_num_items_of_any_type(kernels: str, device: str, dtype: torch.dtype) -> None:
+    logits, targets, _ = inputs(device)
+    num_items = torch.tensor([7], device=device).to(dtype)
+    loss = fused_mixce_loss(logits, targets, 0.3, num_items_in_batch=num_items, backend=kernels)
+    torch.testing.assert_close(loss, fused_mixce_loss(logits, targets, 0.3, num_items_in_batch=7, backend=kernels))
+
+
+def test_what_the_reduction_reads_may_change_after_the_forward(kernels: str, device: str) -> None:
+    """The gradient is that of the weights, and of the divisor, that the forward saw."""
+    logits, targets, weights = inputs(device)
+    num_items = torch.tensor(5.0, device=device)
+    keywords = {"token_weights": weights, "num_items_in_batch": num_items, "backend": kernels}
+    _, expected = grads(logits, targets, 0.3, **keywords)
+    leaf = computed(logits.clone())
+    loss = fused_mixce_loss(leaf, targets, 0.3, **keywords)
+    weights.fill_(torch.nan)
+    num_items.fill_(torch.nan)
+    (found,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(found, expected)

@@ -1,0 +1,76 @@
+"""What a call would launch on a GPU: PyTorch's operators that launch, and kernels of ours, counted on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixce_kernels import backends, operators
+from mixce_kernels.backends import cpu
+from mixce_kernels.backends.vocabulary import Vocabulary
+
+# Made on the host, or no memory is touched.
+_NOTHING = {"scalar_tensor", "detach", "alias", "lift_fresh", "_unsafe_view"}
+
+
+class Launches(TorchDispatchMode):
+    """The names of the launches within, PyTorch's and ours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.torch: list[str] = []
+        self.ours: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if not (func.is_view or name in _NOTHING or "empty" in name):
+            self.torch.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class _AsOnGpu:
+    """The backend `cpu`, whose calls count as the kernels of a GPU."""
+
+    checks_targets = False
+
+    def __init__(self, launches: Launches) -> None:
+        self.launches = launches
+
+    def unavailable(self, *args: Any) -> str | None:
+        return cpu.unavailable(*args)
+
+    def forward(self, *args: Any) -> None:
+        reduction = args[5]
+        self.launches.ours += ["forward"] if reduction.is_identity else ["forward", "reduce"]
+        cpu.forward(*args)
+
+    def reduce(self, *args: Any) -> None:
+        self.launches.ours.append("reduce")
+        cpu.reduce(*args)
+
+    def logits_grad(self, *args: Any) -> None:
+        self.launches.ours.append("logits_grad")
+        cpu.logits_grad(*args)
+
+    def scale_rows_(self, *args: Any) -> None:
+        self.launches.ours.append("scale_rows_")
+        cpu.scale_rows_(*args)
+
+
+@contextlib.contextmanager
+def launches_of_eager() -> Iterator[Launches]:
+    """Counts the launches of eager calls with the backend `cpu`, as if its kernels were a GPU's."""
+    launches = Launches()
+    kernels = _AsOnGpu(launches)
+    with (
+        mock.patch.dict(backends._TABLE, {"cpu": kernels}),
+        mock.patch.dict(backends._WHOLE, {"cpu": Vocabulary(kernels)}),
+        # Under a dispatch mode a call goes by the dispatcher, which would hide what an operator does.
+        mock.patch.object(operators, "is_in_torch_dispatch_mode", return_value=False),
+        launches,
+    ):
+        yield launches
