@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from mixce_kernels.backends import triton_shards
 from mixce_kernels.backends.devices import on_device, triton_arch, unsuited_to_triton
 from mixce_kernels.backends.layout import RowLayout, aligned_alike, flat, reachable_layout
 from mixce_kernels.backends.results import Results
@@ -12,6 +13,7 @@ from mixce_kernels.backends.triton_launch import VECTOR_BYTES
 from mixce_kernels.options import TokenOptions
 
 checks_targets = False
+shards = triton_shards
 
 
 def unavailable(logits: Tensor) -> str | None:

@@ -1,0 +1,64 @@
+#include "cuda_shards.h"
+#include "launch.h"
+
+namespace mixce {
+
+// Few, so that the tokens of a batch reach every multiprocessor: a thread waits for memory most of the time.
+constexpr int kTokensPerBlock = 64;
+
+__device__ __forceinline__ int64_t token_of_thread() {
+  return static_cast<int64_t>(blockIdx.x) * kTokensPerBlock + threadIdx.x;
+}
+
+__global__ void __launch_bounds__(kTokensPerBlock)
+    localize_targets_kernel(const RowParams p, const LocalTargets to) {
+  const int64_t row = token_of_thread();
+  if (row < p.logits_rows.number) localize_target(p, to, row);
+}
+
+template <typename Real>
+__global__ void __launch_bounds__(kTokensPerBlock)
+    write_message_kernel(const RowParams p, const ForwardParams f, const ShardMessage to) {
+  const int64_t row = token_of_thread();
+  if (row == 0) write_header<Real>(to);
+  if (row < p.logits_rows.number) write_numbers<Real>(p, f, to, row);
+}
+
+template <typename Real>
+__global__ void __launch_bounds__(kTokensPerBlock)
+    merge_messages_kernel(const RowParams p, const ForwardParams f, const Messages messages) {
+  const int64_t row = token_of_thread();
+  if (row < p.logits_rows.number) merge_row<Real>(p, f, messages, row);
+}
+
+namespace {
+
+LaunchConfig config_of(int64_t tokens, const CudaLaunch& launch) {
+  check_cuda(cudaSetDevice(launch.device), "selecting the device");
+  return {(tokens + kTokensPerBlock - 1) / kTokensPerBlock, kTokensPerBlock, 1, 0,
+          reinterpret_cast<cudaStream_t>(launch.stream)};
+}
+
+}  // namespace
+
+void cuda_localize_targets(const RowParams& params, const LocalTargets& to, const CudaLaunch& launch) {
+  mixce::launch(localize_targets_kernel, config_of(params.logits_rows.number, launch), params, to);
+}
+
+void cuda_write_message(const RowParams& params, const ForwardParams& forward, const ShardMessage& to,
+                        const CudaLaunch& launch) {
+  const auto kernel =
+      params.dtype == DType::kFloat64 ? write_message_kernel<double> : write_message_kernel<float>;
+  // Without a token there is a header.
+  const int64_t threads = params.logits_rows.number > 0 ? params.logits_rows.number : 1;
+  mixce::launch(kernel, config_of(threads, launch), params, forward, to);
+}
+
+void cuda_merge_messages(const RowParams& params, const ForwardParams& forward, const Messages& messages,
+                         const CudaLaunch& launch) {
+  const auto kernel =
+      params.dtype == DType::kFloat64 ? merge_messages_kernel<double> : merge_messages_kernel<float>;
+  mixce::launch(kernel, config_of(params.logits_rows.number, launch), params, forward, messages);
+}
+
+}  // namespace mixce
