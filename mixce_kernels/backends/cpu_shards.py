@@ -45,6 +45,6 @@ def merge_messages(
 ) -> int | None:
     """Loss, state and statistics of the whole rows, or the first that not just one rank holds: see `ShardKernels`."""
     targets = targets.contiguous()
-    *params, _kept = native_shards.merge_params(messages, targets, eta, eta_value, options, results)
+    params, _kept = native_shards.merge_params(messages, targets, eta, eta_value, options, results)
     bad_row = _C.cpu_merge_messages(*params)
     return bad_row if bad_row >= 0 else None

@@ -50,7 +50,7 @@ def merge_messages(
 ) -> None:
     """Loss, state and statistics of the whole rows: see `ShardKernels`."""
     targets = targets.contiguous()
-    *params, _kept = native_shards.merge_params(messages, targets, eta, eta_value, options, results)
+    params, _kept = native_shards.merge_params(messages, targets, eta, eta_value, options, results)
     with on_device(targets):
         _C.cuda_merge_messages(*params, _launch(targets))
 

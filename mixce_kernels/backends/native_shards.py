@@ -60,16 +60,16 @@ def merge_params(
     eta_value: float,
     options: TokenOptions,
     results: Results,
-) -> tuple[_C.RowParams, _C.ForwardParams, _C.Messages, Tensor | None]:
+) -> tuple[tuple[_C.RowParams, _C.ForwardParams, _C.Messages], Tensor | None]:
     """The arguments of `merge_messages`, and the etas that they point to: keep these until it has been launched."""
     eta, eta_stride = (None, 0) if eta is None else flat(eta.to(results.loss.dtype))
     ranks, length = messages.shape
-    return (
+    params = (
         _tokens(targets, results.state, messages.dtype, options),
         _results(results, eta, eta_stride, eta_value),
         _C.messages(messages=messages.data_ptr(), ranks=ranks, length=length),
-        eta,
     )
+    return params, eta
 
 
 def _tokens(targets: Tensor, state: Tensor | None, dtype: torch.dtype, options: TokenOptions) -> _C.RowParams:

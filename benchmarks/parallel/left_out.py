@@ -1,0 +1,81 @@
+"""`NoKernels`: a backend of a GPU whose kernels are left out, and counted."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mixce_kernels.backends.results import Results
+from mixce_kernels.backends.shards import Columns, ShardRows
+from mixce_kernels.options import TokenOptions
+from parallel.counting import count_launch
+
+
+class NoKernels:
+    """A backend of a GPU whose kernels are left out: each is counted, with the tensors that it reads or writes."""
+
+    checks_targets = False
+
+    @property
+    def shards(self) -> NoKernels:
+        return self
+
+    def unavailable(self, logits: Tensor) -> str | None:
+        return None
+
+    def forward(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        eta: Tensor | None,
+        eta_value: float,
+        options: TokenOptions,
+        results: Results,
+        grad_loss: Tensor | None,
+        grad_logits: Tensor | None,
+    ) -> None:
+        count_launch(logits, targets, eta, *results, grad_loss, grad_logits)
+
+    def logits_grad(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        state: Tensor,
+        grad_loss: Tensor,
+        options: TokenOptions,
+        grad_logits: Tensor,
+    ) -> None:
+        count_launch(logits, targets, state, grad_loss, grad_logits)
+
+    def scale_rows_(self, grad_logits: Tensor, grad_loss: Tensor) -> None:
+        count_launch(grad_logits, grad_logits, grad_loss)
+
+    def localize_targets(self, targets: Tensor, columns: Columns, ignore_index: int, elsewhere: int) -> Tensor:
+        local = targets.new_empty(targets.shape)
+        count_launch(targets, local)
+        return local
+
+    def write_message(
+        self,
+        message: Tensor,
+        digest: int,
+        columns: Columns,
+        targets: Tensor,
+        rows: ShardRows | None,
+        options: TokenOptions,
+        with_stats: bool,
+    ) -> None:
+        assert rows is not None
+        loss, state, stats, correct = rows.results
+        largest = None if rows.largest_state is None else rows.largest_state[:2]
+        count_launch(targets, loss, state[:2], stats[::4], correct, largest, message)
+
+    def merge_messages(
+        self,
+        messages: Tensor,
+        targets: Tensor,
+        eta: Tensor | None,
+        eta_value: float,
+        options: TokenOptions,
+        results: Results,
+    ) -> None:
+        count_launch(messages, targets, eta, *results)
