@@ -24,8 +24,9 @@ __global__ void __launch_bounds__(kTokensPerBlock)
   if (row < p.logits_rows.number) write_numbers<Real>(p, f, to, row);
 }
 
+// One block a multiprocessor: asked for nothing, the compiler spills to fit more.
 template <typename Real>
-__global__ void __launch_bounds__(kTokensPerBlock)
+__global__ void __launch_bounds__(kTokensPerBlock, 1)
     merge_messages_kernel(const RowParams p, const ForwardParams f, const Messages messages) {
   const int64_t row = token_of_thread();
   if (row < p.logits_rows.number) merge_row<Real>(p, f, messages, row);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from mixce_kernels.backends.triton_arguments import Launch, kernels, loss_argume
 from mixce_kernels.options import TokenOptions
 
 # Few, so that the tokens of a batch reach every multiprocessor: a thread waits for memory most of the time.
-_TOKENS = 64
-_WARPS = 2
+TOKENS = 64
+WARPS = 2
 
 
 def localize_targets(targets: Tensor, columns: Columns, ignore_index: int, elsewhere: int) -> Tensor:
@@ -121,7 +122,7 @@ def _constants(options: TokenOptions, with_stats: bool) -> dict[str, bool]:
     return {name: statistics_arguments(options, with_stats)[name] for name in ("CAP", "SMOOTH", "STATS")}
 
 
-def _launch(name: str, n_tokens: int, arguments: dict[str, float], **others: float) -> Launch:
-    arguments = {**arguments, **others, "n_tokens": n_tokens, "TOKENS": _TOKENS, "num_warps": _WARPS}
+def _launch(name: str, n_tokens: int, arguments: Mapping[str, float], **others: float) -> Launch:
+    arguments = {**arguments, **others, "n_tokens": n_tokens, "TOKENS": TOKENS, "num_warps": WARPS}
     # Without a token a message still has its header.
-    return Launch(getattr(kernels("shards"), f"{name}_kernel"), (max(-(-n_tokens // _TOKENS), 1),), arguments)
+    return Launch(getattr(kernels("shards"), f"{name}_kernel"), (max(-(-n_tokens // TOKENS), 1),), arguments)
