@@ -1,5 +1,6 @@
 #include "cuda_shards.h"
 #include "launch.h"
+#include "ptx.cuh"
 
 namespace mixce {
 
@@ -11,14 +12,20 @@ __device__ __forceinline__ int64_t token_of_thread() {
 }
 
 __global__ void __launch_bounds__(kTokensPerBlock)
-    localize_targets_kernel(const RowParams p, const LocalTargets to) {
+    localize_targets_kernel(const RowParams row_params, const LocalTargets targets) {
+  const RowParams p = ptx::read_at_entry(row_params);
+  const LocalTargets to = ptx::read_at_entry(targets);
   const int64_t row = token_of_thread();
   if (row < p.logits_rows.number) localize_target(p, to, row);
 }
 
 template <typename Real>
 __global__ void __launch_bounds__(kTokensPerBlock)
-    write_message_kernel(const RowParams p, const ForwardParams f, const ShardMessage to) {
+    write_message_kernel(const RowParams row_params, const ForwardParams forward_params,
+                         const ShardMessage message) {
+  const RowParams p = ptx::read_at_entry(row_params);
+  const ForwardParams f = ptx::read_at_entry(forward_params);
+  const ShardMessage to = ptx::read_at_entry(message);
   const int64_t row = token_of_thread();
   if (row == 0) write_header<Real>(to);
   if (row < p.logits_rows.number) write_numbers<Real>(p, f, to, row);
@@ -27,7 +34,11 @@ __global__ void __launch_bounds__(kTokensPerBlock)
 // One block a multiprocessor: asked for nothing, the compiler spills to fit more.
 template <typename Real>
 __global__ void __launch_bounds__(kTokensPerBlock, 1)
-    merge_messages_kernel(const RowParams p, const ForwardParams f, const Messages messages) {
+    merge_messages_kernel(const RowParams row_params, const ForwardParams forward_params,
+                          const Messages of_ranks) {
+  const RowParams p = ptx::read_at_entry(row_params);
+  const ForwardParams f = ptx::read_at_entry(forward_params);
+  const Messages messages = ptx::read_at_entry(of_ranks);
   const int64_t row = token_of_thread();
   if (row < p.logits_rows.number) merge_row<Real>(p, f, messages, row);
 }

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from mixce_kernels.backends.devices import on_device
+from mixce_kernels.backends.devices import WARP_SIZE, on_device
 from mixce_kernels.backends.layout import flat
 from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.shards import HEADER, Columns, ShardRows, integers
 from mixce_kernels.backends.triton_arguments import Launch, kernels, loss_arguments, statistics_arguments
+from mixce_kernels.backends.triton_launch import register_arguments
 from mixce_kernels.options import TokenOptions
 
 # Few, so that the tokens of a batch reach every multiprocessor: a thread waits for memory most of the time.
 TOKENS = 64
-WARPS = 2
+_WARPS = 2
+# Registers per thread: the hardware's maximum, or some compiler spills to raise occupancy.
+_MAX_REGISTERS = 255
 
 
 def localize_targets(targets: Tensor, columns: Columns, ignore_index: int, elsewhere: int) -> Tensor:
@@ -85,6 +88,11 @@ def merge_messages(
         )
 
 
+def launch_options(warp_size: int) -> dict[str, int]:
+    """The options of all launches on devices with warps of this size."""
+    return {"num_warps": _WARPS, **register_arguments(_MAX_REGISTERS if warp_size == 32 else None)}
+
+
 @functools.lru_cache(maxsize=256)
 def _localize_launch(n_tokens: int, columns: Columns, ignore_index: int, elsewhere: int) -> Launch:
     return _launch("localize_targets", n_tokens, _columns(columns), ignore_index=ignore_index, elsewhere=elsewhere)
@@ -123,6 +131,6 @@ def _constants(options: TokenOptions, with_stats: bool) -> dict[str, bool]:
 
 
 def _launch(name: str, n_tokens: int, arguments: Mapping[str, float], **others: float) -> Launch:
-    arguments = {**arguments, **others, "n_tokens": n_tokens, "TOKENS": TOKENS, "num_warps": WARPS}
+    arguments = {**arguments, **others, "n_tokens": n_tokens, "TOKENS": TOKENS, **launch_options(WARP_SIZE)}
     # Without a token a message still has its header.
     return Launch(getattr(kernels("shards"), f"{name}_kernel"), (max(-(-n_tokens // TOKENS), 1),), arguments)

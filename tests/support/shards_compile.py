@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from mixce_kernels.backends.triton_shards import TOKENS, WARPS
+from mixce_kernels.backends.triton_shards import TOKENS, launch_options
 from mixce_kernels.triton_kernels import shards
 from support.triton_compile import TARGETS, compiled, facts_of, write
 
@@ -37,8 +37,9 @@ def facts(target_name: str, variant: Variant) -> dict[str, Any]:
     pointers = {"targets_ptr": "i64", "local_ptr": "i64", "correct_ptr": "i1"}
     pointers |= {"header_ptr": integers, "headers_ptr": integers}
     kernel = getattr(shards, f"{variant.kernel}_kernel")
-    made = compiled(kernel, TARGETS[target_name], variant.dtype, pointers, constants, {"num_warps": WARPS})
-    return facts_of(target_name, made)
+    target = TARGETS[target_name]
+    options = launch_options(target.warp_size)
+    return facts_of(target_name, compiled(kernel, target, variant.dtype, pointers, constants, options))
 
 
 if __name__ == "__main__":
