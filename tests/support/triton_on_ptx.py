@@ -157,7 +157,8 @@ def main() -> None:
             ptx_on_cpu.configure(order=order, seed=1, races=True)
             check_results(launches)
             check_all_statistics()
-            check_shards()
+        # Their threads tell each other nothing: one order will do.
+        check_shards()
         check_launches("triton", lambda: taken_from(launches))
         ptx_on_cpu.configure(order="forward", races=False)
         check_figures(launches)
