@@ -22,11 +22,12 @@ ROOT = Path(__file__).parent.resolve()
 SOURCES = [
     "csrc/module.cpp",
     "csrc/cpu/cpu_backend.cpp",
+    "csrc/cpu/cpu_shards.cpp",
     "csrc/cpu/row_kernels_baseline.cpp",
     "csrc/cpu/row_kernels_avx2.cpp",
     "csrc/cpu/row_kernels_avx512.cpp",
 ]
-CUDA_SOURCES = ["csrc/cuda/cuda_backend.cu"]
+CUDA_SOURCES = ["csrc/cuda/cuda_backend.cu", "csrc/cuda/cuda_shards.cu"]
 CUDA_ARCHS = "80;90;100;120+PTX"
 # No -ffast-math: it would drop the infinities and NaNs that logits carry. No contraction of products and sums but where
 # the source asks for it: the same logit would become another number in another place.

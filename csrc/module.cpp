@@ -5,8 +5,10 @@
 #include <optional>
 
 #include "cpu/cpu_backend.h"
+#include "cpu/cpu_shards.h"
 #ifdef MIXCE_CUDA
 #include "cuda/cuda_backend.h"
+#include "cuda/cuda_shards.h"
 #endif
 #include "params.h"
 
@@ -157,6 +159,23 @@ void define_forward(py::module_& m) {
       py::arg("state"), py::arg("stats"), py::arg("correct"));
 }
 
+void define_shards(py::module_& m) {
+  define_record(m, "ForwardParams", "forward_params", field("eta", &ForwardParams::eta),
+                field("eta_stride", &ForwardParams::eta_stride),
+                field("eta_value", &ForwardParams::eta_value), field("losses", &ForwardParams::losses),
+                field("stats", &ForwardParams::stats), field("correct", &ForwardParams::correct));
+  define_record(m, "Columns", "columns", field("start", &Columns::start), field("number", &Columns::number));
+  define_record(m, "LocalTargets", "local_targets", field("columns", &LocalTargets::columns),
+                field("ignored", &LocalTargets::ignored), field("elsewhere", &LocalTargets::elsewhere),
+                field("local", &LocalTargets::local));
+  define_record(m, "ShardMessage", "shard_message", field("columns", &ShardMessage::columns),
+                field("digest", &ShardMessage::digest), field("with_stats", &ShardMessage::with_stats),
+                field("largest_state", &ShardMessage::largest_state),
+                field("message", &ShardMessage::message));
+  define_record(m, "Messages", "messages", field("messages", &Messages::messages),
+                field("ranks", &Messages::ranks), field("length", &Messages::length));
+}
+
 void define_cpu(py::module_& m) {
   define_record(m, "CpuLaunch", "cpu_launch", field("isa", &CpuLaunch::isa),
                 field("threads", &CpuLaunch::threads),
@@ -166,6 +185,9 @@ void define_cpu(py::module_& m) {
   m.def("cpu_reduce", &cpu_reduce, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_logits_grad", &cpu_logits_grad, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_scale_rows", &cpu_scale_rows, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_localize_targets", &cpu_localize_targets, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_write_message", &cpu_write_message, py::call_guard<py::gil_scoped_release>());
+  m.def("cpu_merge_messages", &cpu_merge_messages, py::call_guard<py::gil_scoped_release>());
 }
 
 #ifdef MIXCE_CUDA
@@ -185,6 +207,9 @@ void define_cuda(py::module_& m) {
   m.def("cuda_reduce", &cuda_reduce, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_logits_grad", &cuda_logits_grad, py::call_guard<py::gil_scoped_release>());
   m.def("cuda_scale_rows", &cuda_scale_rows, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_localize_targets", &cuda_localize_targets, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_write_message", &cuda_write_message, py::call_guard<py::gil_scoped_release>());
+  m.def("cuda_merge_messages", &cuda_merge_messages, py::call_guard<py::gil_scoped_release>());
 }
 #endif
 
@@ -194,6 +219,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Native row kernels of mixce_kernels; see csrc/params.h for the records.";
   define_params(m);
   define_forward(m);
+  define_shards(m);
   define_cpu(m);
 #ifdef MIXCE_CUDA
   define_cuda(m);

@@ -98,10 +98,12 @@ _PASSES = ("", "gradient, second read", "gradient, held in shared memory")
 # Rows are a block's work, whose threads row_stats.cuh names; a merge is a warp's.
 _THREADS = {"merge_kernel": WARP_SIZE}
 _BLOCK_THREADS = 256
+# A thread of these takes a token: what they need does not matter beside a row's kernels.
+_OF_TOKENS = ("localize_targets_kernel", "write_message_kernel", "merge_messages_kernel")
 
 
 def resource_usage(text: str) -> Iterator[Registers]:
-    """The kernels in what `cuobjdump --dump-resource-usage` says of the CUDA extension."""
+    """The kernels of rows in what `cuobjdump --dump-resource-usage` says of the CUDA extension."""
     target = ""
     for line in text.splitlines():
         if match := re.fullmatch(r"arch = (sm_\d+)[af]?", line.strip()):
@@ -111,6 +113,8 @@ def resource_usage(text: str) -> Iterator[Registers]:
         elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, local = map(int, match.groups())
             name = kernel_name(mangled)
+            if name in _OF_TOKENS:
+                continue
             dtype, variant = _variant(mangled)
             threads = _THREADS.get(name, _BLOCK_THREADS)
             yield Registers("cuda", target, name, dtype, variant, threads, registers, stack + local, shared)

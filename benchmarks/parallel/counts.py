@@ -3,16 +3,16 @@
     python -m parallel.counts
 
 One rank of k that are not there runs on the CPU, with a process group that sends nothing: operators are counted, not
-timed. Ours is counted as on a GPU, with nothing in place of its two kernels, whose bytes are known. Each operator reads
-its operands and writes its results; views and allocations cost nothing, and a gather reads what it returns.
+timed. Ours is counted as on a GPU, with nothing in place of its kernels.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
 
@@ -26,16 +26,16 @@ from torch.distributed.tensor import Shard as Sharded
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mixce_kernels import vocab_parallel_mixce_loss
 from mixce_kernels.backends.results import empty_results
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel.backend import ShardBackend
 from mixce_kernels.parallel.shard import Shard
-from mixce_kernels.reduction import NO_REDUCTION
+from mixce_kernels.reduction import Reduction
 from parallel.baseline import three_all_reduces
+from parallel.counting import Counted, Counting
+from parallel.left_out import NoKernels
 
 OURS, LOSS_PARALLEL, THREE_ALL_REDUCES = "vocab_parallel_mixce_loss", "loss_parallel", "three-all-reduces"
 STEPS = ("forward", "backward")
@@ -43,28 +43,7 @@ N_ROWS = 1024
 # Of a rank: enough columns that what grows with them is told from what does not.
 COLUMNS = (256, 512)
 RANKS = (8, 16)
-# Made on the host, or no memory is touched.
-_NOTHING = {"scalar_tensor", "detach", "alias", "lift_fresh", "_unsafe_view"}
-_WRITERS = {"copy_", "fill_", "zero_"}
-_GATHERS = {"gather", "index"}
-_COLLECTIVES = ("c10d", "_c10d_functional")
-_NO_COLLECTIVES = {"wait_tensor", "_wrap_tensor_autograd"}
-
-
-@dataclass
-class Counted:
-    """Of one step on one rank."""
-
-    launches: int = 0
-    moved_bytes: int = 0
-    sent: list[int] = field(default_factory=list)  # bytes that each collective takes from the rank
-    held_bytes: int = 0  # at the step's peak, beside the inputs and the gradient
-
-    def add(self, other: Counted) -> None:
-        """Another part of the same step."""
-        self.launches += other.launches
-        self.moved_bytes += other.moved_bytes
-        self.sent += other.sent
+MEAN = Reduction("mean")
 
 
 @dataclass(frozen=True)
@@ -79,44 +58,6 @@ class Figures:
     held_logit_bytes: float
     held_token_bytes: float
     held_rank_bytes: float
-
-
-class Counting(TorchDispatchMode):
-    """Counts the operators that run inside of it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counted = Counted()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(each, DTensor) for each in types):
-            # What it does with the rank's own tensors comes by here.
-            return NotImplemented
-        result = func(*args, **(kwargs or {}))
-        name = func._schema.name.partition("::")[2]
-        if func.namespace in _COLLECTIVES:
-            if name not in _NO_COLLECTIVES:
-                # An all-gather's operands are its result and its message; a reduction's is its message.
-                message = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)][-1]
-                self.counted.sent.append(message.numel() * message.element_size())
-        elif func.namespace == "aten" and not (func.is_view or name in _NOTHING or "empty" in name):
-            self.counted.launches += 1
-            self.counted.moved_bytes += _moved(name, args, result)
-        return result
-
-
-def _moved(name: str, args: Any, result: Any) -> int:
-    operands = [leaf for leaf in tree_leaves(args) if isinstance(leaf, Tensor)]
-    written = sum(map(_nbytes, tree_leaves(result)))
-    if name in _GATHERS:
-        return 2 * written + sum(map(_nbytes, operands[1:]))
-    if name == "index_put_":
-        return sum(map(_nbytes, operands[1:])) + _nbytes(operands[-1])
-    return written + sum(map(_nbytes, operands[1:] if name in _WRITERS else operands))
-
-
-def _nbytes(leaf: Any) -> int:
-    return leaf.numel() * leaf.element_size() if isinstance(leaf, Tensor) else 0
 
 
 def _held(one: Any) -> dict[str, int]:
@@ -146,43 +87,35 @@ def _peak(step: Callable[[], Any]) -> tuple[int, int]:
     return peak, held
 
 
-class _NoKernels:
-    """A backend of a GPU whose kernels are left out."""
-
-    checks_targets = False
-
-    def unavailable(self, logits: Tensor) -> str | None:
-        return None
-
-    def forward(self, *_: Any) -> None:
-        pass
-
-    def logits_grad(self, *_: Any) -> None:
-        pass
-
-    def reduce(self, *_: Any) -> None:
-        pass
-
-    def scale_rows_(self, *_: Any) -> None:
-        pass
-
-
 class _Ours:
     """The operators that the public function's own hide."""
 
-    def __init__(self, ranks: int, columns: int) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        columns: int,
+        options: TokenOptions | None = None,
+        *,
+        with_stats: bool = False,
+        reduction: Reduction = MEAN,
+    ) -> None:
         self.logits = torch.randn(N_ROWS, columns, dtype=torch.bfloat16)
         self.targets = torch.randint(columns, (N_ROWS,))
-        self.shard = ShardBackend(_NoKernels(), Shard(_world().group_name, 0, None, check_group=False))
+        self.options, self.with_stats, self.reduction = options or TokenOptions(), with_stats, reduction
+        self.shard = ShardBackend(NoKernels(), Shard(_world().group_name, 0, None, check_group=False))
+        self.results: Any = ()
 
     def forward(self) -> None:
-        self.results = empty_results(self.logits, self.targets, NO_REDUCTION, with_state=True, with_stats=False)
-        self.shard.forward(self.logits, self.targets, None, 0.5, TokenOptions(), NO_REDUCTION, self.results, None, None)
+        self.results = empty_results(
+            self.logits, self.targets, self.reduction, with_state=True, with_stats=self.with_stats
+        )
+        self.shard.forward(self.logits, self.targets, None, 0.5, self.options, self.reduction, self.results, None, None)
 
     def backward(self) -> Tensor:
-        grad, state = torch.empty_like(self.logits), self.results.state
-        assert state is not None
-        self.shard.logits_grad(self.logits, self.targets, state, self.results.loss, None, TokenOptions(), grad)
+        grad, grad_loss = torch.empty_like(self.logits), self.results.loss
+        self.shard.logits_grad(
+            self.logits, self.targets, self.results.state, grad_loss, self.results.token_scale, self.options, grad
+        )
         return grad
 
 
@@ -248,26 +181,46 @@ _COUNTED: dict[str, tuple[Any, ...]] = {
 }
 
 
+@contextlib.contextmanager
+def _rank_of(ranks: int) -> Iterator[None]:
+    """A rank of others that are not there; a process group needs the last one to be gone."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _count_steps(one: Any) -> dict[str, Counted]:
+    """Both steps of a loss."""
+    # The first call is not counted: some operators are for it alone.
+    one.forward()
+    one.backward()
+    found = {}
+    for step in STEPS:
+        with Counting() as counting:
+            getattr(one, step)()
+        found[step] = counting.counted
+    return found
+
+
+def count_options(options: TokenOptions, *, with_stats: bool) -> dict[str, Counted]:
+    """Both steps of our operators with these options, without what the public function does around them."""
+    with _rank_of(RANKS[0]):
+        return _count_steps(_Ours(RANKS[0], COLUMNS[0], options, with_stats=with_stats))
+
+
 def _count(name: str, ranks: int, columns: int) -> dict[str, Counted]:
     """Both steps."""
-    # A process group of other ranks needs the last one to be gone.
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     found = {step: Counted() for step in STEPS}
-    try:
+    with _rank_of(ranks):
         for make in _COUNTED[name]:
             one = make(ranks, columns)
-            # The first call is not counted: some operators are for it alone.
-            one.forward()
-            one.backward()
-            for step, total in found.items():
-                with Counting() as counting:
-                    getattr(one, step)()
-                total.add(counting.counted)
+            for step, counted in _count_steps(one).items():
+                found[step].add(counted)
             if make is not _Around:
                 for step, held_bytes in _held(one).items():
                     found[step].held_bytes = held_bytes
-    finally:
-        dist.destroy_process_group()
     return found
 
 

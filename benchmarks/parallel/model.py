@@ -76,12 +76,8 @@ class Way:
 SECONDS: dict[str, Callable[[Links, float, int], float]] = {GATHER: all_gather_seconds, REDUCE: all_reduce_seconds}
 WIRE: dict[str, Callable[[float, int], float]] = {GATHER: gathered_bytes, REDUCE: reduced_bytes}
 
-# Counted by counts.py (torch 2.13.0), to which the two kernels of ours are added: they read the logits, and
-# read them and write the gradient.
-OURS = Way("vocab_parallel_mixce_loss", ((GATHER, 12),), 50 + 5 + 2, 3 * HALF, 713 + 28, 167, 0, 53, 69)
-# What it would be, were all that comes between the kernel and the loss one kernel, and one more on either side of it
-# for the reduction. It reads the gathered numbers, and writes the loss and five numbers of state.
-ONE_MERGE = Way("the same, merged by one kernel (not built)", ((GATHER, 12),), 6, 3 * HALF, 160, 12, 0, 40, 12)
+# Counted by counts.py (torch 2.13.0): 7 kernels of ours, and autograd's gradient of 1.
+OURS = Way("vocab_parallel_mixce_loss", ((GATHER, 12),), 7 + 1, 3 * HALF, 168, 12, 0, 36, 12)
 # From the source: two Triton kernels, three fills and a reduction; another kernel in the backward, in place.
 TRANSFORMER_ENGINE = Way("Transformer Engine", ((GATHER, 12),), 8, 3 * HALF, 100, 24, 0, 20, 12)
 # From the source, were each compiled graph to read its operands and write its results once: float32 logits and their
@@ -93,7 +89,7 @@ LOSS_PARALLEL = Way(
 )
 # From the source: the maximum (2 bytes a logit), exp to a float32 buffer (2 + 4), the gradient in it (8), rounding (6).
 LIGER = Way("Liger", ((REDUCE, 4),) * 3, 12, 22, 200, 0, 4, 40, 0)
-WAYS = (OURS, ONE_MERGE, TRANSFORMER_ENGINE, MEGATRON_FUSED, MEGATRON, LOSS_PARALLEL, LIGER)
+WAYS = (OURS, TRANSFORMER_ENGINE, MEGATRON_FUSED, MEGATRON, LOSS_PARALLEL, LIGER)
 
 # Ways to bring the three numbers of each token together, by bytes a token that each collective takes from a rank.
 MEETINGS: dict[str, tuple[tuple[str, float], ...]] = {
@@ -156,7 +152,7 @@ def _parts(chip: Chip) -> str:
             merge = N_ROWS * (OURS.token_bytes + OURS.rank_bytes * ranks) / bandwidth
             parts = (kernels, OURS.collective_seconds(links, ranks), OURS.launches * LAUNCH, merge)
             rows.append([f"V = {vocab}, {ranks} ranks", *(f"{1e6 * part:.0f}" for part in parts)])
-    return table(["", "kernels, us", "all-gather, us", "launches, us", "bytes of small operators, us"], rows)
+    return table(["", "row kernels, us", "all-gather, us", "launches, us", "bytes of tokens, us"], rows)
 
 
 def _steps(chip: Chip, vocab: int) -> str:
@@ -201,13 +197,13 @@ def key_figures() -> str:
         ["all-gather, us", *(f"{1e6 * meeting_seconds('1 all-gather', links, k):.0f}" for k in RANKS)],
         ["two all-reduces, us", *(f"{1e6 * meeting_seconds('2 all-reduces', links, k):.0f}" for k in RANKS)],
         ["three all-reduces, us", *(f"{1e6 * meeting_seconds('3 all-reduces', links, k):.0f}" for k in RANKS)],
-        ["both kernels, us", *(f"{1e6 * each:.0f}" for each in kernels)],
-        ["small operators: launches + bytes, us", *(f"{1e6 * (OURS.launches * LAUNCH + m):.0f}" for m in merge)],
+        ["row kernels, us", *(f"{1e6 * each:.0f}" for each in kernels)],
+        ["launches + bytes of tokens, us", *(f"{1e6 * (OURS.launches * LAUNCH + m):.0f}" for m in merge)],
         *([f"{way.name}, ms", *(f"{1e3 * way.seconds(chip, k, vocab):.2f}" for k in RANKS)] for way in WAYS),
         ["logits of a rank, MiB", *(f"{N_ROWS * vocab / k * HALF / 2**20:.1f}" for k in RANKS)],
         *(
             [f"held beside them, {way.name}, MiB", *(f"{way.held_bytes(k, vocab) / 2**20:.1f}" for k in RANKS)]
-            for way in (OURS, ONE_MERGE, MEGATRON, LOSS_PARALLEL)
+            for way in (OURS, MEGATRON, LOSS_PARALLEL)
         ),
     ]
     return table(["", *(f"{ranks} ranks" for ranks in RANKS)], rows)
@@ -228,11 +224,12 @@ and gradient, no label smoothing. {node} ranks are joined by NVLink, and nodes o
 Left out, too: that a rank waits for the slowest, autograd, and whether a kernel comes near such a rate at all."""
 SOURCES = """\
 Ours, `loss_parallel` and Megatron-LM's three all-reduces are counted by `benchmarks/parallel/counts.py` on one rank of
-a group that sends nothing: operators, their operands and results, and the allocations at the peak. `loss_parallel` is
-that of torch 2.13.0, on bfloat16 logits as they are: its log-probabilities are bfloat16, too, and its third all-reduce
-is. Megatron-LM (`fused_cross_entropy.py` at 0cb4a9c, `cross_entropy.py` at 00611e6), Transformer Engine (02965d2) and
-Liger (`vocab_parallel_cross_entropy.py` at 7121992) are counted by hand from their sources. That version of Transformer
-Engine refuses groups of more than one rank (`assert False, "triton fused ce with tp is not fully tested."`).
+a group that sends nothing: operators and kernels, their operands and results, and the allocations at the peak.
+`loss_parallel` is that of torch 2.13.0, on bfloat16 logits as they are: its log-probabilities are bfloat16, too, and
+its third all-reduce is. Megatron-LM (`fused_cross_entropy.py` at 0cb4a9c, `cross_entropy.py` at 00611e6), Transformer
+Engine (02965d2) and Liger (`vocab_parallel_cross_entropy.py` at 7121992) are counted by hand from their sources. That
+version of Transformer Engine refuses groups of more than one rank (`assert False, "triton fused ce with tp is not fully
+tested."`).
 
 Bytes sent are those of rings: ranks - 1 messages in an all-gather, 2 (ranks - 1) / ranks of one in an all-reduce."""
 MEETING = """\
@@ -244,9 +241,8 @@ of it from 3 ranks on: it sends ranks / 2 times as many."""
 PARTS = "Forward and backward of `vocab_parallel_mixce_loss`. The table's columns add up to the next section's times."
 STEPS = "Forward and backward, milliseconds."
 HELD = """\
-At the peak, beside the logits and their gradient: gathered numbers and float64 temporaries of the small operators for
-ours, float32 or bfloat16 buffers of the logits' size for others. Transformer Engine writes its gradient over the
-logits; so does ours with `inplace_backward=True`."""
+At the peak, beside the logits and their gradient: gathered numbers for ours, float32 or bfloat16 buffers of the logits'
+size for others. Transformer Engine writes its gradient over the logits; so does ours with `inplace_backward=True`."""
 
 
 def markdown() -> str:

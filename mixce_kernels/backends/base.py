@@ -7,16 +7,21 @@ from typing import Protocol
 from torch import Tensor
 
 from mixce_kernels.backends.results import Results
+from mixce_kernels.backends.shards import ShardKernels
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.reduction import Reduction
 
 
 class Backend(Protocol):
-    """Five functions over tensors that were checked before; a module may be one."""
+    """Five functions over tensors that were checked before, and those of `shards`; a module may be one."""
 
     @property
     def checks_targets(self) -> bool:
         """Whether `forward` raises for a target out of range: it reads targets on the host, where that is free."""
+
+    @property
+    def shards(self) -> ShardKernels:
+        """The steps around these where ranks hold the vocabulary's columns."""
 
     def unavailable(self, logits: Tensor) -> str | None:
         """The reason why this backend cannot serve these logits, as a sentence; None where it can."""

@@ -8,7 +8,7 @@ import os
 import torch
 from torch import Tensor
 
-from mixce_kernels.backends import native
+from mixce_kernels.backends import cpu_shards, native
 from mixce_kernels.backends.results import Results
 from mixce_kernels.checks import raise_bad_target
 from mixce_kernels.options import TokenOptions
@@ -23,6 +23,7 @@ _LOGITS_PER_THREAD = 1 << 15
 _STREAMING_STORES_BYTES = 1 << 24
 
 checks_targets = True
+shards = cpu_shards
 
 
 def unavailable(logits: Tensor) -> str | None:

@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from mixce_kernels.backends import native
+from mixce_kernels.backends import cuda_shards, native
 from mixce_kernels.backends.cuda_launch import (
     MAX_CLUSTER,
     VECTOR_BYTES,
@@ -31,6 +31,7 @@ _MAX_ROWS = (2**31 - 1) // MAX_CLUSTER
 _MAX_VOCAB_SIZE = 2**30
 
 checks_targets = False
+shards = cuda_shards
 
 
 def unavailable(logits: Tensor) -> str | None:

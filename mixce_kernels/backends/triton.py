@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from mixce_kernels.backends import triton_shards
 from mixce_kernels.backends.devices import on_device, triton_arch, unsuited_to_triton
 from mixce_kernels.backends.layout import RowLayout, aligned_alike, entries, reachable_layout
 from mixce_kernels.backends.results import Results
@@ -21,6 +22,7 @@ from mixce_kernels.options import TokenOptions
 from mixce_kernels.reduction import Reduction
 
 checks_targets = False
+shards = triton_shards
 
 
 def unavailable(logits: Tensor) -> str | None:

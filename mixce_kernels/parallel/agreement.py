@@ -11,15 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixce_kernels.backends.shards import Columns
 from mixce_kernels.options import LOGITS_DTYPES, REDUCTIONS
 from mixce_kernels.parallel.collectives import all_gather
-
-
-class Columns(NamedTuple):
-    """The range of the vocabulary that a rank holds."""
-
-    start: int
-    number: int
 
 
 class Layout(NamedTuple):

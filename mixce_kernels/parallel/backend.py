@@ -1,8 +1,8 @@
 """A shard of the vocabulary: another backend's kernels on the columns of a rank, and one collective a forward.
 
-    a rank's columns -> m, s, z_y - m of each token      the other backend's forward
+    a rank's columns -> m, s, z_y - m of each token      the other backend's forward, and `write_message`
     all ranks'       -> one all-gather of these
-                     -> m, s of the whole row, loss, a, c, t      `token_terms`, the same on every rank
+                     -> m, s of the whole row, loss, a, c, t      `merge_messages`, the same on every rank
     a rank's columns -> their gradient                   the other backend's logits_grad
 
 A rank sends 3 numbers a token, one more with label smoothing, and one with statistics (two with a softcap); and 3
@@ -11,29 +11,24 @@ integers a call, which tell the ranks that they are making the same call.
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from mixce_kernels import backends
 from mixce_kernels.backends.base import Backend
-from mixce_kernels.backends.results import Results
+from mixce_kernels.backends.results import Results, empty_results
+from mixce_kernels.backends.shards import HEADER, IGNORED, Columns, ShardKernels, ShardRows, integers, numbers_per_token
 from mixce_kernels.backends.vocabulary import CallFacts, Vocabulary
 from mixce_kernels.checks import raise_bad_target
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel import agreement
-from mixce_kernels.parallel.agreement import Columns, Signature
+from mixce_kernels.parallel.agreement import Signature
 from mixce_kernels.parallel.collectives import all_gather, copy_to
-from mixce_kernels.parallel.merge import MergedStats, local_targets, merged, narrowed, numbers_per_token, write_part
 from mixce_kernels.parallel.reference import sharded_token_losses
 from mixce_kernels.parallel.shard import Shard
-from mixce_kernels.reduction import Reduction
+from mixce_kernels.reduction import NO_REDUCTION, Reduction
 from mixce_kernels.stats import MixCEStats
-from mixce_kernels.token_terms import TokenTerms, token_terms
-
-_HEADER = 3  # digest of the call, first column, number of columns
 
 
 class ShardVocabulary(Vocabulary):
@@ -90,6 +85,10 @@ class ShardBackend:
     def checks_targets(self) -> bool:
         return self.backend.checks_targets
 
+    @property
+    def shards(self) -> ShardKernels:
+        return self.backend.shards
+
     def unavailable(self, logits: Tensor) -> str | None:
         return self.backend.unavailable(logits)
 
@@ -113,41 +112,18 @@ class ShardBackend:
         """
         shard, group = self.shard, self.shard.group
         results, with_stats = results.with_losses(targets), results.stats is not None
-        losses = results.losses
-        assert losses is not None
-        mixing = eta_value if eta is None else eta
-        facts = CallFacts(targets.numel(), logits.dtype, mixing, options, with_stats)
+        facts = CallFacts(targets.numel(), logits.dtype, eta_value if eta is None else eta, options, with_stats)
         signature = shard.signature(logits.shape[-1], facts)
         if shard.check_group:
             agreement.meet(signature, group, logits)
-        # Each rank's message: the header, and its numbers of each token one after another.
-        shape = (numbers_per_token(options, with_stats), *targets.shape)
-        message = losses.new_empty(_HEADER + math.prod(shape))
-        header = message[:_HEADER].view(_integers(message.dtype))
-        for i, value in enumerate((signature.digest(), *signature.columns)):
-            header[i].fill_(value)
-        part = message[_HEADER:].view(shape)
-        ignored = targets == options.ignore_index
-        write_part(part, self.backend, logits, targets, ignored, options, signature.columns, with_stats)
-        messages = all_gather(message, group)
-        headers = messages[:, :_HEADER].view(_integers(message.dtype))
-        parts = messages[:, _HEADER:].unflatten(1, shape)
+        messages = all_gather(self._message(logits, targets, options, signature, results), group)
         if shard.check_group and self.checks_targets:
-            _check_headers(headers, signature, group)
-
-        whole = merged(parts, headers[:, 1:], options, with_stats)
-        not_held = whole.holders != 1
-        if self.checks_targets and (not_held & ~ignored).any():
-            _raise_not_held(whole.holders, targets, ignored, options.ignore_index, int(headers[:, 2].sum()))
-        whole = whole._replace(s=whole.s.masked_fill_(not_held, torch.nan))
-        vocab_size = headers[:, 2].sum() if options.label_smoothing > 0 else 0
-        terms = token_terms(
-            whole.scaled_m, whole.s, whole.d_target, whole.mean_shifted, eta_value if eta is None else eta.double(),
-            vocab_size, options,
-        )  # fmt: skip
-        _write(results, terms, whole, ignored)
+            _check_headers(_headers(messages), signature, group)
+        not_held = self.shards.merge_messages(messages, targets, eta, eta_value, options, results)
+        if not_held is not None:
+            _raise_not_held(not_held, messages, targets, options.ignore_index)
         if not reduction.is_identity:
-            self.reduce(targets, options.ignore_index, reduction, losses, results.loss, results.token_scale)
+            self.reduce(targets, options.ignore_index, reduction, results.losses, results.loss, results.token_scale)
         if grad_logits is not None:
             assert results.state is not None
             self.logits_grad(logits, targets, results.state, None, token_scale, options, grad_logits)
@@ -178,8 +154,9 @@ class ShardBackend:
         real = narrowed(logits, columns.number)
         grad = real if grad_logits is logits else narrowed(grad_logits, columns.number)
         if columns.number > 0:
-            local = local_targets(targets, columns)
-            local_options = options._replace(ignore_index=_int64(options.ignore_index - columns.start))
+            # No column's: the target has its own gradient on the rank that holds it.
+            local = self.shards.localize_targets(targets, columns, options.ignore_index, elsewhere=-1)
+            local_options = options._replace(ignore_index=IGNORED)
             self.backend.logits_grad(real, local, state, grad_loss, token_scale, local_options, grad)
         if columns.number < logits.shape[-1]:
             grad_logits[..., columns.number :] = 0.0
@@ -189,30 +166,46 @@ class ShardBackend:
         if columns.number > 0:
             self.backend.scale_rows_(narrowed(grad_logits, columns.number), grad_loss, targets, ignore_index)
 
+    def _message(
+        self, logits: Tensor, targets: Tensor, options: TokenOptions, signature: Signature, results: Results
+    ) -> Tensor:
+        """What this rank tells the others: the header, and its numbers of each token one after another."""
+        columns, with_stats = signature.columns, results.stats is not None
+        numbers = numbers_per_token(options, with_stats)
+        message = results.loss.new_empty(HEADER + numbers * targets.numel())
+        rows = self._rows(logits, targets, options, columns, with_stats) if columns.number > 0 else None
+        self.shards.write_message(message, signature.digest(), columns, targets, rows, options, with_stats)
+        return message
 
-def _write(results: Results, terms: TokenTerms, rows: MergedStats, ignored: Tensor) -> None:
-    """The results of the tokens, 0 where ignored."""
-    _, _, state, stats, correct, losses = results
-    assert losses is not None
-    numbers = torch.stack((terms.loss, rows.m, rows.s, terms.a, terms.c, terms.t))
-    numbers.masked_fill_(ignored, 0.0)
-    losses.copy_(numbers[0])
-    if state is not None:
-        state.copy_(numbers[1:])
-    if stats is not None and correct is not None and rows.entropy is not None and rows.correct is not None:
-        numbers = torch.stack((terms.nll, terms.q, terms.weight, terms.lse, rows.entropy))
-        stats.copy_(numbers.masked_fill_(ignored, 0.0))
-        correct.copy_(rows.correct & ~ignored & ~terms.nll.isnan())
+    def _rows(
+        self, logits: Tensor, targets: Tensor, options: TokenOptions, columns: Columns, with_stats: bool
+    ) -> ShardRows:
+        """What the row kernels find in this rank's columns."""
+        logits = narrowed(logits, columns.number)
+        # The kernels of a forward want a target: any column will do where it is elsewhere.
+        local = self.shards.localize_targets(targets, columns, options.ignore_index, elsewhere=0)
+        smooth = options.label_smoothing > 0
+        # With eta = 1 the loss is the cross-entropy: nll, or with a smoothing of 1 what the mean is made from.
+        alone = TokenOptions(IGNORED, float(smooth), 0.0, options.softcap, options.logit_scale)
+        results = empty_results(logits, targets, NO_REDUCTION, with_state=True, with_stats=smooth or with_stats)
+        self.backend.forward(logits, local, None, 1.0, alone, NO_REDUCTION, results, None, None)
+        if not with_stats or options.softcap is None:
+            return ShardRows(results, None)
+        # A softcap may make different logits equal: the largest before it is that of a forward without one.
+        uncapped = empty_results(logits, targets, NO_REDUCTION, with_state=True, with_stats=False)
+        uncapped_options = TokenOptions(IGNORED)
+        self.backend.forward(logits, local, None, 1.0, uncapped_options, NO_REDUCTION, uncapped, None, None)
+        return ShardRows(results, uncapped.state)
 
 
-def _int64(number: int) -> int:
-    """What an int64 tensor makes of a number beyond its range."""
-    return (number + 2**63) % 2**64 - 2**63
+def narrowed(logits: Tensor, n_columns: int) -> Tensor:
+    """The logits without their padding, where they lie."""
+    return logits if n_columns == logits.shape[-1] else logits[..., :n_columns]
 
 
-def _integers(dtype: torch.dtype) -> torch.dtype:
-    """The integers of the same size."""
-    return torch.int64 if dtype == torch.float64 else torch.int32
+def _headers(messages: Tensor) -> Tensor:
+    """The integers [k, HEADER] at the beginning of messages."""
+    return messages[:, :HEADER].view(integers(messages.dtype))
 
 
 def _check_headers(headers: Tensor, signature: Signature, group: dist.ProcessGroup) -> None:
@@ -224,11 +217,11 @@ def _check_headers(headers: Tensor, signature: Signature, group: dist.ProcessGro
     agreement.check_partition(list(map(Columns, starts, numbers)), signature.vocab_size)
 
 
-def _raise_not_held(holders: Tensor, targets: Tensor, ignored: Tensor, ignore_index: int, vocab_size: int) -> None:
-    """Raises for the first token that is not held by one rank."""
-    row = int(((holders != 1) & ~ignored).flatten().nonzero()[0])
-    if holders.flatten()[row] == 0:
-        raise_bad_target(row, targets, ignore_index, vocab_size)
+def _raise_not_held(row: int, messages: Tensor, targets: Tensor, ignore_index: int) -> None:
+    """Raises for a token whose target no rank holds, or several."""
+    z_target = messages[:, HEADER:].unflatten(1, (-1, targets.numel()))[:, 2, row]
+    if (z_target == torch.inf).all():
+        raise_bad_target(row, targets, ignore_index, int(_headers(messages)[:, 2].sum()))
     raise ValueError(
         f"expected every rank to have the same targets and columns of its own, got several that hold row {row}'s target"
     )

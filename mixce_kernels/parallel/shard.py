@@ -7,11 +7,12 @@ from typing import NamedTuple
 import torch.distributed as dist
 from torch import Tensor
 
+from mixce_kernels.backends.shards import Columns
 from mixce_kernels.backends.vocabulary import CallFacts
 from mixce_kernels.checks import check_values
 from mixce_kernels.options import LossOptions, check_int64, concrete, describe, is_integer
 from mixce_kernels.parallel import agreement
-from mixce_kernels.parallel.agreement import Columns, Layout, Signature
+from mixce_kernels.parallel.agreement import Layout, Signature
 from mixce_kernels.parallel.collectives import group_name, group_of
 
 # What an address has of a vocabulary whose size the caller did not name.

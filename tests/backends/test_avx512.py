@@ -34,6 +34,7 @@ def emulated_package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = {
         ROOT / "csrc" / "module.cpp": ["-fvisibility=hidden", *includes],
         cpu / "cpu_backend.cpp": ["-fopenmp", "-D__builtin_cpu_supports(feature)=1"],
+        cpu / "cpu_shards.cpp": [],
         cpu / "row_kernels_baseline.cpp": [],
         cpu / "row_kernels_avx2.cpp": [],
         EMULATION / "row_kernels_avx512.cpp": ["-mavx2", "-mfma", "-mf16c", f"-I{EMULATION}", f"-I{cpu}"],

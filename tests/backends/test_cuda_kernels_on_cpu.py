@@ -35,7 +35,7 @@ FILES = (
     "loss/test_modules.py",
     "loss/test_autograd.py",
 )
-PARALLEL = ("parallel/test_vocab_parallel.py", "gpu/test_gpu_parallel.py")
+PARALLEL = ("parallel/test_shard_kernels.py", "parallel/test_vocab_parallel.py", "gpu/test_gpu_parallel.py")
 LINEAR = (
     "linear/test_linear.py",
     "linear/test_linear_autograd.py",

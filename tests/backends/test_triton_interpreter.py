@@ -39,7 +39,7 @@ JOBS = [
             ("installed", "loss/test_edge_cases.py loss/test_inplace.py loss/test_reductions.py"),
             ("installed", "loss/test_stats.py"),
             ("installed", "linear/test_linear.py"),
-            ("installed", "parallel/test_vocab_parallel.py"),
+            ("installed", "parallel/test_vocab_parallel.py parallel/test_shard_kernels.py"),
             ("newest", "backends/test_triton_interpreter.py"),
             ("newest", "linear/test_linear.py"),
             ("oldest", "backends/test_triton_interpreter.py"),

@@ -64,6 +64,8 @@ arch = sm_100a
   REG:40 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:544
  Function _ZN5mixce17scale_rows_kernelIfEEvNS_9RowParamsENS_6LaunchE:
   REG:32 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:544
+ Function _ZN5mixce23localize_targets_kernelENS_9RowParamsENS_12LocalTargetsE:
+  REG:20 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:544
 """
 
 
@@ -166,6 +168,7 @@ def test_options_that_memory_does_not_limit_are_named():
 
 
 def test_resource_usage_names_kernel_type_and_variant():
+    """Of rows: others have neither."""
     grad, forward, merge, scale = resource_usage(USAGE)
     assert (grad.target, grad.kernel, grad.dtype, grad.variant) == ("sm_80", "logits_grad_kernel", "float16", "softcap")
     assert (grad.registers, grad.spilled_bytes) == (80, 24)

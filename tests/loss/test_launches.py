@@ -82,7 +82,7 @@ def test_a_tensor_eta_is_copied_once() -> None:
 
 @pytest.mark.parametrize("name", REDUCTIONS)
 def test_linear(name: str) -> None:
-    """Beside a chunk's products: ignored rows are left out, results take their place, and a backward finds its factor."""
+    """Beside a chunk's products: ignored rows are left out, results take their place, a backward finds its factor."""
     keywords, reduces = REDUCTIONS[name]
     hidden, weight = torch.randn(N_ROWS, 8, requires_grad=True), torch.randn(VOCAB, 8, requires_grad=True)
     targets = torch.randint(VOCAB, (N_ROWS,))

@@ -42,7 +42,7 @@ def build_package(folder: Path) -> Path:
     package = folder / "mixce_kernels"
     shutil.copytree(ROOT / "mixce_kernels", package, ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
     includes = [f"-I{path}" for path in (sysconfig.get_path("include"), pybind11.get_include())]
-    flags = {CSRC / "cuda" / "cuda_backend.cu": CUDA}
+    flags = dict.fromkeys(sorted((CSRC / "cuda").glob("*.cu")), CUDA)
     flags[CSRC / "module.cpp"] = ["-O0", "-DMIXCE_CUDA", "-fvisibility=hidden", *includes]
     flags |= {source: ["-O1", "-fopenmp"] for source in sorted((CSRC / "cpu").glob("*.cpp"))}
     objects = {source: folder / f"{source.name}.o" for source in flags}

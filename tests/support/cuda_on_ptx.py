@@ -53,6 +53,13 @@ def cases() -> Iterator[tuple[Case, bool]]:
     yield Case("too_large", shape=(1, 240_001), dtype=FLOAT64, mode="grad_in_forward", ignored="none"), False
 
 
+def taken_from(runtime: Any) -> list[str]:
+    """The names of the kernels that were launched since the last call."""
+    names = [launch["kernel"] for launch in runtime.launches()]
+    runtime.clear()
+    return names
+
+
 def check_figures(runtime: Any, vocab_size: int) -> None:
     """Speed that can be seen without a GPU: each logit is read once, in whole vectors, with few instructions."""
     from mixce_kernels import fused_mixce_loss
@@ -82,6 +89,7 @@ def main() -> None:
     from mixce_kernels import fused_mixce_loss
     from support.inputs import build
     from support.loss_checks import check, check_statistics
+    from support.shard_checks import CHECKS, FEW, check_case, check_launches
     from support.watched import Watched
 
     Watched(runtime.register, runtime.unregister)
@@ -102,6 +110,13 @@ def main() -> None:
             check(fresh, fresh.oracle(), loss, grad)
             launched |= {launch["kernel"] for launch in runtime.launches()}
             runtime.clear()
+        for number, case in FEW:
+            check_case(number, case, "cuda")
+        for one in CHECKS:
+            one("cuda")
+        launched |= {launch["kernel"] for launch in runtime.launches()}
+        runtime.clear()
+        check_launches("cuda", lambda: taken_from(runtime))
         assert launched == kernels, sorted(kernels - launched)
 
         logits, targets = torch.randn(4, 9001).bfloat16().requires_grad_(), torch.tensor([3, 9001, -1, 2**33 + 5])

@@ -14,6 +14,7 @@ from support.figures import FIGURES, assert_figures
 from support.inputs import build
 from support.loss_checks import check_statistics
 from support.oracle import Options
+from support.shard_checks import CHECKS, FEW, check_case, check_launches
 from support.triton_check import check, confident_inputs
 
 BOTH = {"grad_in_forward": True, "inplace_backward": True}
@@ -101,6 +102,21 @@ def check_all_statistics() -> None:
         check_statistics(case, stats)
 
 
+def check_shards() -> None:
+    """The kernels of a split vocabulary."""
+    for number, case in FEW:
+        check_case(number, case, "triton")
+    for one in CHECKS:
+        one("triton")
+
+
+def taken_from(launches: list[Any]) -> list[str]:
+    """The names of the kernels that were launched since the last call."""
+    names = [launch.name for launch in launches]
+    launches.clear()
+    return names
+
+
 def check_figures(launches: list[Any]) -> None:
     """Speed that can be seen without a GPU: each logit is read once, in whole vectors, with few instructions."""
     n_rows = 64
@@ -141,6 +157,9 @@ def main() -> None:
             ptx_on_cpu.configure(order=order, seed=1, races=True)
             check_results(launches)
             check_all_statistics()
+        # Their threads tell each other nothing: one order will do.
+        check_shards()
+        check_launches("triton", lambda: taken_from(launches))
         ptx_on_cpu.configure(order="forward", races=False)
         check_figures(launches)
         check_specialisation()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mixce_kernels.backends import cuda, native
+from mixce_kernels.backends import cuda, cuda_shards, native, native_shards
 
 
 class Watched:
@@ -17,10 +17,14 @@ class Watched:
         self.register = register
         self.unregister = unregister
         self.reached: dict[int, Tensor] = {}
-        for module, name in ((native, "row_params"), (native, "forward_params"), (cuda, "_launch")):
+        watched: tuple[Any, ...] = ((native, "row_params"), (native, "forward_params"), (cuda, "_launch"))
+        watched += tuple((native_shards, f"{name}_params") for name in ("targets", "message", "merge"))
+        for module, name in watched:
             setattr(module, name, self._watching(getattr(module, name)))
-        for name in ("forward", "logits_grad", "scale_rows_"):
-            setattr(cuda, name, self._closing(getattr(cuda, name)))
+        closed: list[Any] = [(cuda, name) for name in ("forward", "logits_grad", "scale_rows_")]
+        closed += [(cuda_shards, name) for name in ("localize_targets", "write_message", "merge_messages")]
+        for module, name in closed:
+            setattr(module, name, self._closing(getattr(module, name)))
 
     def _reach(self, value: Any) -> None:
         if isinstance(value, Tensor) and value.numel() > 0:
@@ -39,9 +43,9 @@ class Watched:
         return watching
 
     def _closing(self, function: Any) -> Any:
-        def closing(*args: Any) -> None:
+        def closing(*args: Any, **keywords: Any) -> Any:
             try:
-                function(*args)
+                return function(*args, **keywords)
             finally:
                 for tensor in self.reached.values():
                     self.unregister(tensor)
