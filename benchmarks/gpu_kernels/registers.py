@@ -111,12 +111,12 @@ def resource_usage(text: str) -> Iterator[Registers]:
         elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, local = map(int, match.groups())
             name = kernel_name(mangled)
-            dtype, variant = _variant(mangled)
+            dtype, variant = dtype_and_variant(mangled)
             threads = _THREADS.get(name, _BLOCK_THREADS)
             yield Registers("cuda", target, name, dtype, variant, threads, registers, stack + local, shared)
 
 
-def _variant(mangled: str) -> tuple[str, str]:
+def dtype_and_variant(mangled: str) -> tuple[str, str]:
     """Type and template booleans of a kernel."""
     arguments = re.search(r"_kernelI(?:NS_(8BFloat16|4Half)E|([fd]))((?:Lb[01]E)*)(?:LNS_5Pass2E(\d)E)?", mangled)
     assert arguments is not None, f"an unknown kernel: {mangled}"
