@@ -33,10 +33,10 @@ class Runtime(Protocol):
         """Names and counters."""
 
     def registers(self, case: Case) -> list[Registers]:
-        """Of the launched kernels, where they are known at run time alone."""
+        """Of kernels that were compiled instead of launched."""
 
     def hot_loops(self, case: Case) -> list[HotLoop]:
-        """The same of their loops."""
+        """Those of the same kernels."""
 
 
 class CudaRuntime:
@@ -113,6 +113,8 @@ class TritonRuntime:
         return found
 
     def hot_loops(self, case: Case) -> list[HotLoop]:
+        if self.counts:
+            return []
         return [
             loop
             for launch, cubin in zip(self.backend.launches, self.cubins, strict=True)
