@@ -35,12 +35,14 @@ _KIND_OF = {opcode: kind for kind, opcodes in _OPCODES.items() for opcode in opc
 _MOVES = re.compile(r"IMAD\.MOV\b|HFMA2\S* U?R\d+, -RZ, RZ,")
 # A half that becomes a float32 by an addition of zero.
 _CONVERSIONS = re.compile(r"HADD2\.F32\b")
+# Bytes of an access, by a suffix of its opcode; without one there are 4.
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
 
-_ARCHITECTURE = re.compile(r"arch = (sm_\d+)[af]?")
+_ARCHITECTURE = re.compile(r"\s*code for (sm_\d+)[af]?")
 _FUNCTION = re.compile(r"\s*Function : (\S+)")
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?PT?\d?)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;")
 # The last address of a branch is where it goes; predicates may come before it.
-_TARGET = re.compile(r"(?:^|,\s*)(?:`\(\.\w+\)|0x([0-9a-f]+))$")
+_TARGET = re.compile(r"(?:^|,\s*)0x([0-9a-f]+)$")
 
 
 class Instruction(NamedTuple):
@@ -82,7 +84,7 @@ class Instruction(NamedTuple):
         if not self.is_a("BRA", "JMP"):
             return None
         match = _TARGET.search(self.operands)
-        return int(match[1], 16) if match and match[1] else None
+        return int(match[1], 16) if match else None
 
     @property
     def goes_on(self) -> bool:
@@ -91,9 +93,6 @@ class Instruction(NamedTuple):
             return True
         # BRA.DIV goes only where a warp's threads are apart; a second predicate may stand before the target.
         return bool(self.predicate) or ".DIV" in self.opcode or bool(re.match(r"!?U?P\d", self.operands))
-
-
-_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32, "ENL2": 32}
 
 
 class Function(NamedTuple):
@@ -165,8 +164,8 @@ class ControlFlow:
     """The basic blocks of a function, and their loops.
 
     A loop is what lies between a block and a branch back to it. Of the ways through it, an iteration takes the one that
-    copies as many bytes to shared memory as it reads there, then the one that moves the most bytes between global
-    memory and registers, then the shortest: what is done once a row is no part of it, and an inner loop neither.
+    copies as many bytes to shared memory as it reads there, then the one that moves the most bytes of global memory,
+    then the shortest: what is done once a row is no part of it, and an inner loop neither.
     """
 
     def __init__(self, instructions: list[Instruction]) -> None:
@@ -229,12 +228,12 @@ class ControlFlow:
 
     def _path(self, first: int, last: set[int], blocks: set[int]) -> Execution | None:
         """The usual way from one block to one of the last, within these blocks."""
-        # From each block on, by the bytes copied: bytes between memory and registers, instructions by their negative,
-        # and where to go next.
+        # From each block on, by the bytes copied: bytes of global memory, instructions by their negative, and where to go
+        # next.
         ways: dict[int, dict[int, tuple[int, int, tuple[int, int] | None]]] = {}
         for i in (i for i in self.order if i in blocks):
             own = Execution(tuple(self.blocks[i]))
-            moved, size = own.loaded + own.stored - own.copied, len(self.blocks[i])
+            moved, size = own.loaded + own.stored, len(self.blocks[i])
             ways[i] = {own.copied: (moved, -size, None)} if i in last else {}
             for j in (j for j in self.successors[i] if (i, j) not in self.back):
                 for copied, (moved_on, size_on, _) in ways.get(j, {}).items():

@@ -16,7 +16,7 @@ def assembled(lines: str, name: str = "forward_kernel", target: str = "sm_90") -
     """What cuobjdump prints of a function: a label at the begin of a line becomes the address of its instruction."""
     found = [re.fullmatch(r"(?:(\w+): )?(.+)", line.strip()).groups() for line in lines.strip().splitlines()]
     labels = {label: f"0x{16 * i:x}" for i, (label, _) in enumerate(found) if label}
-    text = [f"arch = {target}", "code version = [1,8]", f"\t\tFunction : {name}", '\t.headerflags @"EF_CUDA_SM90"']
+    text = [f"\tcode for {target}", f"\t\tFunction : {name}", '\t.headerflags @"EF_CUDA_SM90"']
     for i, (_, words) in enumerate(found):
         for label, address in labels.items():
             words = re.sub(rf"\b{label}\b", address, words)
@@ -72,6 +72,32 @@ def test_code_without_a_loop_has_none() -> None:
 
 def test_a_branch_back_from_code_that_was_moved_out_of_the_way_is_no_loop() -> None:
     assert iterations("BRA.DIV UR4, AWAY\nSHFL.BFLY PT, R1, R2, 0x1\nHERE: EXIT\nAWAY: MOV R1, R2\nBRA HERE") == []
+
+
+def test_an_iteration_stays_together_where_a_warp_might_be_apart() -> None:
+    (iteration,) = iterations("""
+        HEAD: LDG.E R1, [R2.64]
+        BRA.DIV UR4, AWAY
+        NEXT: FADD R1, R1, R1
+        @P0 BRA HEAD
+        EXIT
+        AWAY: MOV R1, R2
+        BRA NEXT
+    """)
+    assert opcodes(iteration) == ["LDG.E", "BRA.DIV", "FADD", "BRA"]
+
+
+def test_of_two_branches_back_an_iteration_takes_the_shorter_way() -> None:
+    (iteration,) = iterations("""
+        HEAD: LDG.E R1, [R2.64]
+        @P1 BRA AWAY
+        @P0 BRA HEAD
+        EXIT
+        AWAY: MOV R1, R2
+        MOV R1, R2
+        BRA HEAD
+    """)
+    assert opcodes(iteration) == ["LDG.E", "BRA", "BRA"]
 
 
 def test_an_inner_loop_is_no_part_of_the_outer() -> None:
@@ -139,6 +165,7 @@ def test_branches_with_a_predicate_or_two_may_go_on() -> None:
         "HEAD: LDG.E R1, [R2.64]\n@P0 BRA P5, END\nBRA P4, END\nBRA !UP1, END\nBRA HEAD\nEND: EXIT"
     )
     assert opcodes(iteration) == ["LDG.E", "BRA", "BRA", "BRA", "BRA"]
+    assert len(iterations("HEAD: LDG.E R1, [R2.64]\nBRA P4, HEAD\nEXIT")) == 1
     assert iterations("HEAD: LDG.E R1, [R2.64]\nBRA END\nBRA HEAD\nEND: EXIT") == []
 
 
