@@ -20,10 +20,11 @@ from gpu_kernels.model import (
 HOT_LOOPS_TEXT = """\
 What ptxas makes of the loops that go over a row's logits: SASS instructions of a thread for each logit. An iteration is
 the usual one: of the ways through a loop the one that copies as many bytes to shared memory as it reads there, then
-moves the most bytes, then is the shortest. Instructions whose predicate is false count, since they take their turn to
-be issued. A row that Triton holds in registers is unrolled: "whole row" is all that a thread executes, without the
-stores of single elements among its logits. special: special functions; half: packed pairs of 16 bits; global and
-shared: accesses of memory. Options and other variants are in `hot_loops.csv`."""
+moves the most bytes of global memory, then is the shortest. Instructions whose predicate is false count, since they
+take their turn to be issued. A row that Triton holds in registers is unrolled: "whole row" is all that a thread
+executes, without the stores of single elements among its logits. special: special functions; fp32: additions and
+products, and both at once; fp32x2: pairs of them; comparison: maxima and selections of float32; half: packed pairs of
+16 bits; global and shared: accesses of memory. Options and other variants are in `hot_loops.csv`."""
 MODEL_TEXT = """\
 **A model from published figures, not a measurement.** Each limit alone gives a time for a logit, in picoseconds on the
 whole chip; the model's time is the largest. Memory: unique bytes loaded and stored at {reachable:.0%} of the bandwidth.

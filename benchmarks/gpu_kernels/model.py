@@ -40,10 +40,10 @@ CHIPS = (
 
 @dataclass(frozen=True)
 class Code:
-    """Instructions of a thread for each logit, all of them and those of two units."""
+    """Instructions of a thread for each logit, and what they ask of two units."""
 
     instructions: float
-    fp32: float
+    fp32: float  # additions, products, or both at once
     special: float
 
 
@@ -97,7 +97,8 @@ def code_of(count: Count, loops: Iterable[HotLoop], target: str) -> Code:
     assert found, f"no hot loop of {count} for {target}"
     return Code(
         instructions=sum(loop.per_logit for loop in found),
-        fp32=sum(loop.kinds["fp32"] / loop.logits for loop in found),
+        # A pair takes two lanes.
+        fp32=sum((loop.kinds["fp32"] + 2 * loop.kinds["fp32x2"]) / loop.logits for loop in found),
         special=sum(loop.kinds["special"] / loop.logits for loop in found),
     )
 

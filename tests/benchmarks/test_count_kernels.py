@@ -217,6 +217,12 @@ def test_a_step_takes_the_hot_loops_of_its_kernels(changes, instructions):
     assert code.fp32 == pytest.approx(instructions / 2)
 
 
+def test_a_pair_of_float32_takes_two_lanes():
+    (single,) = loops_of("forward_kernel", "", "statistics", 60)[:1]
+    pairs = replace(single, kinds=single.kinds | {"fp32": 10, "fp32x2": 10, "integer": 28})
+    assert code_of(PLAIN, [pairs], single.target) == Code(instructions=6.0, fp32=3.0, special=1.2)
+
+
 def test_a_step_whose_loops_are_unknown_is_an_error():
     with pytest.raises(AssertionError, match="no hot loop of"):
         code_of(replace(PLAIN, dtype="float32"), LOOPS, "sm_100")
@@ -291,7 +297,7 @@ def test_files(tmp_path):
     assert "| softcap | 0 | 0 | 0 | 0 | 0 | +22.50 |" in text
     assert "24 in CUDA logits_grad_kernel, float16, softcap on sm_80" in text
     assert "No time was measured" in text
-    assert "| forward_kernel, bfloat16, statistics | sm_90 | 10 | 6.00 | 1.20 | 3.00 | | | 1.80 | | | | | | |" in text
+    assert "| forward_kernel, bfloat16, statistics | sm_90 | 10 | 6.00 | 1.20 | 3.00 | | | | | 1.80 | | | | | | |" in text
     assert "| forward | B200 | 50257 | one | 0.278 | 0.171 | 0.086 | 0.274 | memory | 9.7 | 6.0 |" in text
     assert " | issue, 0.841 | issue, 0.742 |" in text
     assert "Limits of chips" not in markdown(counts, kernels, [], [], FACTS)

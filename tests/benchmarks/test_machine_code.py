@@ -175,6 +175,8 @@ def test_branches_with_a_predicate_or_two_may_go_on() -> None:
         ("MUFU.EX2 R1, R2", "special", 0),
         ("FADD R1, -R2, R3", "fp32", 0),
         ("FHADD.BF16 R1, R2.H0_H0, R3", "fp32", 0),
+        ("FFMA2 R2, R4.F32x2.HI_LO, R6.F32, R8.F32x2.HI_LO", "fp32x2", 0),
+        ("FSETP.GEU.AND P2, PT, R20, R31, PT", "comparison", 0),
         ("VHMNMX.BF16_V2 R1, R2, R3, R4, !PT", "half", 0),
         ("HADD2.F32 R1, -RZ, R2.H0_H0", "conversion", 0),
         ("F2FP.BF16.F32.PACK_AB R1, R2, R3", "conversion", 0),
