@@ -6,6 +6,7 @@ import csv
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_type_hints
 
 from gpu_kernels.counts import (
     BACKENDS,
@@ -50,6 +51,13 @@ def write_csv(path: Path, counts: Iterable[Count], facts: dict[str, str]) -> Non
         for count in counts:
             row = dataclasses.asdict(count) | {"vector_share": count.vector_share}
             writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} | facts)
+
+
+def read_csv(path: Path) -> list[Count]:
+    """The counts of such a file."""
+    types = get_type_hints(Count)
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Count(**{name: types[name](row[name]) for name in types}) for row in csv.DictReader(file)]
 
 
 def write_registers_csv(path: Path, kernels: Iterable[Registers], facts: dict[str, str]) -> None:

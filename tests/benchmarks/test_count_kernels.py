@@ -24,7 +24,7 @@ from gpu_kernels.model import (
     plain_limits,
 )
 from gpu_kernels.registers import ARCHITECTURES, Registers, blocks_by_registers, held_rows, resource_usage
-from gpu_kernels.tables import markdown, write_csv, write_registers_csv
+from gpu_kernels.tables import markdown, read_csv, write_csv, write_registers_csv
 from support.paths import BENCHMARKS
 
 A100, H100, B200 = CHIPS
@@ -286,6 +286,7 @@ def test_files(tmp_path):
     assert len(rows) == 4
     assert float(rows[0]["vector_share"]) == pytest.approx(PLAIN.vector_share, rel=1e-5)
     assert all(row["commit"] == "0123abc" for row in rows)
+    assert read_csv(tmp_path / "kernels.csv") == counts
 
     kernels = list(resource_usage(USAGE))
     write_registers_csv(tmp_path / "registers.csv", kernels, FACTS)
@@ -297,7 +298,7 @@ def test_files(tmp_path):
     assert "| softcap | 0 | 0 | 0 | 0 | 0 | +22.50 |" in text
     assert "24 in CUDA logits_grad_kernel, float16, softcap on sm_80" in text
     assert "No time was measured" in text
-    assert "| forward_kernel, bfloat16, statistics | sm_90 | 10 | 6.00 | 1.20 | 3.00 | | | | | 1.80 | | | | | | |" in text
+    assert "| forward_kernel, bfloat16, statistics | sm_90 | 10 | 6.00 | 1.20 | 3.00 | | | | | 1.80 | |" in text
     assert "| forward | B200 | 50257 | one | 0.278 | 0.171 | 0.086 | 0.274 | memory | 9.7 | 6.0 |" in text
     assert " | issue, 0.841 | issue, 0.742 |" in text
     assert "Limits of chips" not in markdown(counts, kernels, [], [], FACTS)
