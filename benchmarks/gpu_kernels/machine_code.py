@@ -230,8 +230,7 @@ class ControlFlow:
 
     def _path(self, first: int, last: set[int], blocks: set[int]) -> Execution | None:
         """The usual way from one block to one of the last, within these blocks."""
-        # From each block on, by the bytes copied: bytes of global memory, the negative number of instructions, and where
-        # to go next.
+        # From each block on, by the bytes copied: bytes of global memory, instructions less than none, the next place.
         ways: dict[int, dict[int, tuple[int, int, tuple[int, int] | None]]] = {}
         for i in (i for i in self.order if i in blocks):
             own = Execution(tuple(self.blocks[i]))

@@ -190,7 +190,7 @@ def test_limits_of_chips() -> None:
 def test_machine_instructions() -> None:
     loops = {loop.key: loop for loop in read_hot_loops_csv(ROOT / "benchmarks" / "results" / "hot_loops.csv")}
     _, *lines = table_of("kernels.md", "The machine code of the loops")
-    assert len(lines) == 6
+    assert len(lines) == 8
     for name, *cells in lines:
         backend, kernel, dtype = re.fullmatch(r"(CUDA|Triton) `(\w+)`, (\w+)", name).groups()
         part = "gradient" if kernel == "logits_grad_kernel" else "statistics"
