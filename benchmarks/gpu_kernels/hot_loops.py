@@ -125,7 +125,10 @@ def find_cuobjdump() -> str:
 
 def disassembled(cuobjdump: str, path: Path, wanted: Container[str] | None = None) -> Iterator[Function]:
     """The functions in a file of machine code."""
-    with subprocess.Popen([cuobjdump, "-sass", path], stdout=subprocess.PIPE, text=True) as process:
+    command = [cuobjdump, "-sass", str(path)]
+    # It warns of the format of files that Triton's ptxas makes for sm_80 and sm_90, and reads them.
+    pipe, null = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=pipe, stderr=null, text=True) as process:
         assert process.stdout is not None
         yield from functions(process.stdout, wanted)
     if process.returncode:
