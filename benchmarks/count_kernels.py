@@ -1,4 +1,4 @@
-"""Counts what the compiled GPU kernels do, without a GPU: writes results/kernels.csv, registers.csv and kernels.md.
+"""Counts what the compiled GPU kernels do, without a GPU: writes results/kernels.md and the CSVs that it is made of.
 
     PTX_ON_CPU=/path/to/ptx_on_cpu python benchmarks/count_kernels.py
 
@@ -36,8 +36,10 @@ from gpu_kernels.counts import (
     compiled_cases,
     verdicts,
 )
+from gpu_kernels.hot_loops import HotLoop, cuda_hot_loops, find_cuobjdump, write_hot_loops_csv
+from gpu_kernels.markdown import NAMES
 from gpu_kernels.registers import Held, Registers, held_rows, resource_usage
-from gpu_kernels.tables import NAMES, markdown, write_csv, write_registers_csv
+from gpu_kernels.tables import markdown, write_csv, write_registers_csv
 from harness.report import machine, text_table
 
 BENCHMARKS = Path(__file__).resolve().parent
@@ -54,7 +56,7 @@ def main() -> None:
         "--registers",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="also compile for every architecture, and tell registers and occupancy",
+        help="also compile for every architecture, and tell registers, machine code and the limits of chips",
     )
     arguments = parser.parse_args()
     chosen = arguments.backends
@@ -67,10 +69,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="mixce_kernels_") as temporary:
         say("building the package")
         extension = build(Path(temporary), arguments.registers)
-        counts, registers, held = [], [], list[Held]()
+        counts, registers, loops, held = [], [], list[HotLoop](), list[Held]()
         if arguments.registers and "cuda" in chosen:
+            say("reading the CUDA kernels' machine code")
             registers += usage(cuobjdump, extension)
-        job = {"ptx_on_cpu": str(folder), "extension": str(extension)}
+            loops += cuda_hot_loops(cuobjdump, extension)
+        job = {"ptx_on_cpu": str(folder), "extension": str(extension), "cuobjdump": cuobjdump}
         for backend in chosen:
             for target in (TARGET, WITHOUT_CLUSTERS):
                 say(f"running the {NAMES[backend]} kernels for {target}")
@@ -83,13 +87,17 @@ def main() -> None:
         if arguments.registers and "triton" in chosen:
             say("compiling the Triton kernels for every architecture")
             for result in worker(job | {"counts": False}, compiled_cases("triton"), extension.parents[1]):
-                registers.append(Registers(**result["registers"]))
+                if "hot_loop" in result:
+                    loops.append(HotLoop(**result["hot_loop"]))
+                else:
+                    registers.append(Registers(**result["registers"]))
 
     arguments.out.mkdir(parents=True, exist_ok=True)
     write_csv(arguments.out / "kernels.csv", counts, facts)
     if registers:
         write_registers_csv(arguments.out / "registers.csv", registers, facts)
-    (arguments.out / "kernels.md").write_text(markdown(counts, registers, held, facts))
+        write_hot_loops_csv(arguments.out / "hot_loops.csv", loops, facts)
+    (arguments.out / "kernels.md").write_text(markdown(counts, registers, loops, held, facts))
     print(bars_text(counts))
     say(f"wrote {arguments.out / 'kernels.md'}")
 
@@ -109,19 +117,6 @@ def find_nvcc() -> str:
     if nvcc is None:
         sys.exit("expected nvcc on the PATH, or in the bin folder of CUDA_HOME: the CUDA kernels are compiled with it.")
     return nvcc
-
-
-def find_cuobjdump() -> str:
-    """The tool that reads compiled kernels, of Triton's wheel or of the CUDA toolkit; exits where it is missing."""
-    try:
-        import triton
-    except ImportError:
-        sys.exit("expected Triton to be installed: its kernels are counted, and its tools are used.")
-    own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    found = str(own) if own.exists() else shutil.which("cuobjdump")
-    if found is None:
-        sys.exit("expected cuobjdump in Triton's folder or on the PATH.")
-    return found
 
 
 def nvcc_version(nvcc: str) -> str:

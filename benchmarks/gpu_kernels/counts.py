@@ -21,6 +21,13 @@ VOCABULARIES = (50257, 128256)
 # At least an A100's multiprocessors: of fewer rows, CUDA would split those that it cannot hold over two kernels.
 ROWS_WITHOUT_CLUSTERS = 128
 DTYPES = ("float32", "float16", "float64")
+# Options that Triton compiles kernels for, and the steps in which it does.
+CODE_OF_ITS_OWN = {
+    "softcap": MAIN_STEPS,
+    "label_smoothing": ("forward", "grad_in_forward"),
+    "return_stats": ("forward", "grad_in_forward"),
+    "gradient aligned otherwise": ("backward", "grad_in_forward"),
+}
 
 
 class Option(NamedTuple):
@@ -95,14 +102,14 @@ def cases(backend: str, target: str) -> list[Case]:
 
 
 def compiled_cases(backend: str) -> list[Case]:
-    """What is compiled for every architecture, for its registers alone: few rows, since nothing runs."""
+    """What is compiled for every architecture, for registers and machine code: few rows, since nothing runs."""
     found = []
     for target in TARGETS:
         found.append(Case(backend, target, rows=1, steps=STEPS))
         found.append(Case(backend, target, rows=1, vocab=VOCABULARIES[1], steps=("grad_in_forward",)))
-        found.append(Case(backend, target, rows=1, option="softcap"))
-        found.append(Case(backend, target, rows=1, option="return_stats", steps=("forward", "grad_in_forward")))
-        found.append(Case(backend, target, rows=1, dtype="float64"))
+        for option, steps in CODE_OF_ITS_OWN.items():
+            found.append(Case(backend, target, rows=1, option=option, steps=steps))
+        found += [Case(backend, target, rows=1, dtype=dtype) for dtype in DTYPES]
     return found
 
 

@@ -99,7 +99,7 @@ _PASSES = ("", "gradient, second read", "gradient, held in shared memory")
 _THREADS = {"merge_kernel": WARP_SIZE}
 _BLOCK_THREADS = 256
 # A thread of these takes a token: what they need does not matter beside a row's kernels.
-_OF_TOKENS = ("localize_targets_kernel", "write_message_kernel", "merge_messages_kernel")
+_OF_TOKENS = ("localize_targets_kernel", "write_message_kernel", "merge_messages_kernel", "reduction_kernel")
 
 
 def resource_usage(text: str) -> Iterator[Registers]:
@@ -115,12 +115,12 @@ def resource_usage(text: str) -> Iterator[Registers]:
             name = kernel_name(mangled)
             if name in _OF_TOKENS:
                 continue
-            dtype, variant = _variant(mangled)
+            dtype, variant = dtype_and_variant(mangled)
             threads = _THREADS.get(name, _BLOCK_THREADS)
             yield Registers("cuda", target, name, dtype, variant, threads, registers, stack + local, shared)
 
 
-def _variant(mangled: str) -> tuple[str, str]:
+def dtype_and_variant(mangled: str) -> tuple[str, str]:
     """Type and template booleans of a kernel."""
     arguments = re.search(r"_kernelI(?:NS_(8BFloat16|4Half)E|([fd]))((?:Lb[01]E)*)(?:LNS_5Pass2E(\d)E)?", mangled)
     assert arguments is not None, f"an unknown kernel: {mangled}"

@@ -1,4 +1,4 @@
-"""Counts of the GPU kernels as a CSV, and as Markdown with their bars, the model of chips, and registers."""
+"""Counts of the GPU kernels as a CSV, and the whole report as Markdown, with bars and registers."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import csv
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_type_hints
 
 from gpu_kernels.counts import (
     BACKENDS,
@@ -19,38 +20,20 @@ from gpu_kernels.counts import (
     Count,
     held_to_bars,
 )
-from gpu_kernels.model import (
-    CHIPS,
-    ISSUE_SLOTS,
-    REACHABLE,
-    SPECIAL_FUNCTIONS,
-    Modelled,
-    modelled,
-    not_of_memory_alone,
-    plain_limits,
-)
+from gpu_kernels.hot_loops import HotLoop
+from gpu_kernels.limits_tables import hot_loops_section, model_section
+from gpu_kernels.markdown import NAMES, head, row
+from gpu_kernels.model import CHIPS
 from gpu_kernels.registers import ARCHITECTURES, REGISTERS, REGISTERS_GRANULARITY, Held, Registers
 
 FIGURES = ("unique_loaded_bytes", "loaded_bytes", "stored_bytes", "vector_share", "special_functions", "instructions")
 COUNT_COLUMNS = tuple(field.name for field in dataclasses.fields(Count))
-NAMES = {"cuda": "CUDA", "triton": "Triton"}
 WHAT_IT_IS = """\
 The compiled PTX of the kernels was executed on a CPU, and counted. **No time was measured, and no GPU was there.** PTX
-instructions are not the instructions of a GPU (SASS): ptxas merges some and adds others. Every figure is for each
-logit: summed over all launches of a step and over their threads, divided by N * V. Unique bytes are those that a launch
+instructions are not the instructions of a GPU (SASS), of which the hot loops were read. Every figure is for each logit:
+summed over all launches of a step and over their threads, divided by N * V. Unique bytes are those that a launch
 touches, of the call's own tensors; CUDA's partials of rows that several blocks share are not among them. Exponentials
 include reciprocals and logarithms: few, but for one reciprocal with each tanh of a softcap."""
-MODEL_TEXT = """\
-**A model from published figures, not a measurement.** Each limit alone gives a time for a logit, in picoseconds on the
-whole chip; the model's time is the largest. Memory: unique bytes loaded and stored at {reachable:.0%} of the bandwidth.
-Issue: warp instructions at {slots} a clock and multiprocessor, PTX instructions in place of SASS. Special functions:
-{special} a clock and multiprocessor. Left out: latency, the start and the end of a launch, shared memory, the bandwidth
-of L2, and how far the passes of a row overlap with other rows'. "PTX may take" is how many instructions a thread has
-for a logit before issue takes as long as memory. The counts of {target} stand for all chips, but for grad_in_forward on
-the A100: without clusters it is launched otherwise, and was counted so."""
-OPTIONS_MODEL_TEXT = """\
-Options and types, each alone, for which memory is not the largest limit on every chip: the largest, and its time. As
-counted on sm_90, with one read from memory. float64 is left out, since its units are no part of the model."""
 REGISTERS_TEXT = """\
 Registers of a thread and, after the slash, blocks that a multiprocessor holds by registers ({registers}, in units of
 {unit} a warp), by threads, and by shared memory but for rows held there. Bytes in local memory, spills among them:
@@ -70,6 +53,13 @@ def write_csv(path: Path, counts: Iterable[Count], facts: dict[str, str]) -> Non
             writer.writerow({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} | facts)
 
 
+def read_csv(path: Path) -> list[Count]:
+    """The counts of such a file."""
+    types = get_type_hints(Count)
+    with path.open(newline="", encoding="utf-8") as file:
+        return [Count(**{name: types[name](row[name]) for name in types}) for row in csv.DictReader(file)]
+
+
 def write_registers_csv(path: Path, kernels: Iterable[Registers], facts: dict[str, str]) -> None:
     """One line for each kernel, type, variant and architecture."""
     with path.open("w", newline="") as file:
@@ -80,7 +70,13 @@ def write_registers_csv(path: Path, kernels: Iterable[Registers], facts: dict[st
             writer.writerow(dataclasses.asdict(kernel) | {"blocks": kernel.blocks} | facts)
 
 
-def markdown(counts: list[Count], kernels: list[Registers], held: list[Held], facts: dict[str, str]) -> str:
+def markdown(
+    counts: list[Count],
+    kernels: list[Registers],
+    loops: list[HotLoop],
+    held: list[Held],
+    facts: dict[str, str],
+) -> str:
     """The whole report."""
     made_with = ", ".join(f"{name} {value}" for name, value in facts.items() if value)
     parts = [
@@ -88,8 +84,10 @@ def markdown(counts: list[Count], kernels: list[Registers], held: list[Held], fa
         f"## Counts and bars\n\n{bars_table(counts)}",
         f"## What else was counted\n\n{others_table(counts)}",
         f"## What an option adds\n\n{options_table(counts)}",
-        f"## Limits of chips\n\n{model_section(counts)}",
     ]
+    if loops:
+        parts.append(f"## Machine code of the hot loops\n\n{hot_loops_section(loops)}")
+        parts.append(f"## Limits of chips\n\n{model_section(counts, loops)}")
     if kernels:
         parts.append(f"## Registers and occupancy\n\n{registers_section(kernels, held)}")
     return "\n\n".join(parts) + "\n"
@@ -98,16 +96,16 @@ def markdown(counts: list[Count], kernels: list[Registers], held: list[Held], fa
 def bars_table(counts: list[Count]) -> str:
     """Each figure with its bar, and whether it is met."""
     titles = [bar.title for bar in BARS["forward"]]
-    lines = [f"{TARGET}, bfloat16, N = {ROWS}.", "", *_head(["", "V", *titles])]
+    lines = [f"{TARGET}, bfloat16, N = {ROWS}.", "", *head(["", "V", *titles])]
     held = list(held_to_bars(counts))
     for step, bars in BARS.items():
         for backend in BACKENDS:
             bounds = [f"{'>=' if bar.at_least else '<='} {_bound(bar.bounds[backend], bar.at_least)}" for bar in bars]
-            lines.append(_row([f"**{step}, {NAMES[backend]}**", "", *bounds]))
+            lines.append(row([f"**{step}, {NAMES[backend]}**", "", *bounds]))
             for count in held:
                 if (count.step, count.backend) == (step, backend):
                     cells = [_verdict(getattr(count, bar.figure), bar.at_least, bar.met_by(count)) for bar in bars]
-                    lines.append(_row([count.kernels, str(count.vocab), *cells]))
+                    lines.append(row([count.kernels, str(count.vocab), *cells]))
     missed = sum(not bar.met_by(count) for count in held for bar in BARS[count.step])
     checked = sum(len(BARS[count.step]) for count in held)
     return "\n".join([*lines, "", f"{checked - missed} of {checked} bars met."])
@@ -118,12 +116,12 @@ def others_table(counts: list[Count]) -> str:
     lines = [
         "scale_rows is what follows a grad_in_forward in the backward, where the upstream gradient is not 1.",
         "",
-        *_head(["", "architecture", "N", "V", *FIGURE_TITLES]),
+        *head(["", "architecture", "N", "V", *FIGURE_TITLES]),
     ]
     for count in counts:
         if count.dtype == "bfloat16" and not count.option and (count.target != TARGET or count.step == "scale_rows"):
             name = f"{count.step}, {NAMES[count.backend]}"
-            lines.append(_row([name, count.target, str(count.rows), str(count.vocab), *_figures(count)]))
+            lines.append(row([name, count.target, str(count.rows), str(count.vocab), *_figures(count)]))
     return "\n".join(lines)
 
 
@@ -141,48 +139,12 @@ def options_table(counts: list[Count]) -> str:
             plain = of.get((step, "", "bfloat16"))
             if plain is None:
                 continue
-            lines += ["", *_head([f"{step}, {NAMES[backend]}", *FIGURE_TITLES]), _row(["", *_figures(plain)])]
+            lines += ["", *head([f"{step}, {NAMES[backend]}", *FIGURE_TITLES]), row(["", *_figures(plain)])]
             wanted = [(option, "bfloat16") for option in OPTIONS if option] + [("", dtype) for dtype in DTYPES]
             for option, dtype in wanted:
                 if (step, option, dtype) in of:
-                    lines.append(_row([option or dtype, *_differences(of[step, option, dtype], plain)]))
+                    lines.append(row([option or dtype, *_differences(of[step, option, dtype], plain)]))
     return "\n".join(lines)
-
-
-def model_section(counts: list[Count]) -> str:
-    """The chips' figures, and each step's limits on each."""
-    text = MODEL_TEXT.format(reachable=REACHABLE, slots=ISSUE_SLOTS, special=SPECIAL_FUNCTIONS, target=TARGET)
-    lines = [text, "", *_head(["chip", "TB/s", "multiprocessors", "GHz", "L2, MB"])]
-    for chip in CHIPS:
-        numbers = [f"{chip.bandwidth / 1e12:.2f}", str(chip.multiprocessors), f"{chip.clock / 1e9:.2f}"]
-        lines.append(_row([chip.name, *numbers, f"{chip.l2_bytes / 1e6:.0f}"]))
-    titles = [
-        "chip",
-        "V",
-        "reads",
-        "memory",
-        "issue",
-        "special functions",
-        "the largest",
-        "PTX may take",
-        "PTX counted",
-    ]
-    for backend in BACKENDS:
-        lines += ["", *_head([f"{NAMES[backend]}", *titles])]
-        lines += [_row(_model_cells(one)) for one in modelled(counts, backend)]
-    lines += ["", OPTIONS_MODEL_TEXT, "", *_head(["", *(f"{chip.name}" for chip in CHIPS)])]
-    for backend in BACKENDS:
-        for count in not_of_memory_alone(counts, backend):
-            found = (plain_limits(chip, count) for chip in CHIPS)
-            name = f"{NAMES[backend]} {count.step}, {count.option or count.dtype}"
-            lines.append(_row([name, *(f"{one.largest}, {one.time:.3f}" for one in found)]))
-    return "\n".join(lines)
-
-
-def _model_cells(one: Modelled) -> list[str]:
-    times = [f"{time:.3f}" for time in (one.limits.memory, one.limits.issue, one.limits.special)]
-    counts = [f"{one.most_instructions:.1f}", f"{one.count.instructions:.1f}"]
-    return [one.count.step, one.chip.name, str(one.count.vocab), one.reads, *times, one.limits.largest, *counts]
 
 
 def registers_section(kernels: list[Registers], held: list[Held]) -> str:
@@ -193,19 +155,19 @@ def registers_section(kernels: list[Registers], held: list[Held]) -> str:
         REGISTERS_TEXT.format(registers=REGISTERS, unit=REGISTERS_GRANULARITY, spilled=names or "none, in no kernel"),
         "",
     ]
-    lines += _head(["", "threads", *ARCHITECTURES])
+    lines += head(["", "threads", *ARCHITECTURES])
     table: dict[tuple[str, str, int], dict[str, Registers]] = {}
     for one in kernels:
         table.setdefault((one.backend, _title(one), one.threads), {})[one.target] = one
     for (backend, title, threads), by_target in table.items():
         found = (by_target.get(target) for target in ARCHITECTURES)
         cells = [f"{known.registers} / {known.blocks}" if known else "" for known in found]
-        lines.append(_row([f"{NAMES[backend]} {title}", str(threads), *cells]))
+        lines.append(row([f"{NAMES[backend]} {title}", str(threads), *cells]))
     if held:
-        lines += ["", HELD_TEXT, "", *_head(["architecture", "V", "blocks of a row", "bytes held", "blocks"])]
-        for row in held:
-            cells = [str(row.parts), str(row.held_bytes), str(row.blocks)]
-            lines.append(_row([row.target, str(row.vocab), *(cells if row.held_bytes else [cells[0], "none", ""])]))
+        lines += ["", HELD_TEXT, "", *head(["architecture", "V", "blocks of a row", "bytes held", "blocks"])]
+        for each in held:
+            cells = [str(each.parts), str(each.held_bytes), str(each.blocks)]
+            lines.append(row([each.target, str(each.vocab), *(cells if each.held_bytes else [cells[0], "none", ""])]))
         lines += _second_reads(kernels, held)
     return "\n".join(lines)
 
@@ -213,21 +175,21 @@ def registers_section(kernels: list[Registers], held: list[Held]) -> str:
 def _second_reads(kernels: list[Registers], held: list[Held]) -> list[str]:
     """How much of L2 the rows want that are read a second time."""
     found = []
-    for row in held:
-        chip = next((chip for chip in CHIPS if chip.target == row.target), None)
+    for each in held:
+        chip = next((chip for chip in CHIPS if chip.target == each.target), None)
         blocks = [
             one.blocks
             for one in kernels
             if (one.backend, one.target, one.dtype, one.variant)
-            == ("cuda", row.target, "bfloat16", "gradient, second read")
+            == ("cuda", each.target, "bfloat16", "gradient, second read")
         ]
-        if chip and blocks and not row.held_bytes:
+        if chip and blocks and not each.held_bytes:
             rows = chip.multiprocessors * blocks[0]
             text = (
-                f"On the {chip.name} the {rows} rows of V = {row.vocab} under way at once are "
-                f"{rows * row.vocab * 2 / 1e6:.0f} MB, L2 is {chip.l2_bytes / 1e6:.0f} MB: "
+                f"On the {chip.name} the {rows} rows of V = {each.vocab} under way at once are "
+                f"{rows * each.vocab * 2 / 1e6:.0f} MB, L2 is {chip.l2_bytes / 1e6:.0f} MB: "
             )
-            fits = rows * row.vocab * 2 <= chip.l2_bytes
+            fits = rows * each.vocab * 2 <= chip.l2_bytes
             found += [
                 "",
                 text + ("there the second read finds them." if fits else "much of it is read from memory again."),
@@ -266,11 +228,3 @@ def _bound(value: float, share: bool) -> str:
 
 def _verdict(value: float, share: bool, met: bool) -> str:
     return f"{_figure(value, share)} {'met' if met else '**not met**'}"
-
-
-def _head(titles: list[str]) -> list[str]:
-    return [_row(titles), "|---|" + "---:|" * (len(titles) - 1)]
-
-
-def _row(cells: list[str]) -> str:
-    return "|" + "".join(f" {cell} |" if cell else " |" for cell in cells)

@@ -10,12 +10,14 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gpu_kernels.counts import OPTIONS, STEPS, Case, count_of
+from gpu_kernels.hot_loops import ITEMSIZES, KERNELS, HotLoop, triton_hot_loops, triton_variant
 from gpu_kernels.registers import Registers
 
 
@@ -31,7 +33,10 @@ class Runtime(Protocol):
         """Names and counters."""
 
     def registers(self, case: Case) -> list[Registers]:
-        """Of the launched kernels, where they are known at run time alone."""
+        """Of kernels that were compiled instead of launched."""
+
+    def hot_loops(self, case: Case) -> list[HotLoop]:
+        """Those of the same kernels."""
 
 
 class CudaRuntime:
@@ -58,21 +63,31 @@ class CudaRuntime:
     def registers(self, case: Case) -> list[Registers]:
         return []
 
+    def hot_loops(self, case: Case) -> list[HotLoop]:
+        return []
+
 
 class TritonRuntime:
     """A stand-in for Triton's driver; with `counts` off its kernels are compiled, and not run."""
 
-    def __init__(self, counts: bool) -> None:
+    def __init__(self, counts: bool, cuobjdump: str) -> None:
         from ptx_on_cpu import triton_backend
+        from triton.runtime.cache import get_cache_manager
 
-        self.backend, self.counts = triton_backend, counts
+        self.backend, self.counts, self.cuobjdump = triton_backend, counts, cuobjdump
+        self.cubins = cubins = list[Path]()
 
         class Compiled(triton_backend.Launcher):  # type: ignore[misc]
+            def __init__(self, src: Any, metadata: Any) -> None:
+                super().__init__(src, metadata)
+                self.cubin = Path(get_cache_manager(metadata.hash).get_file(f"{src.name[:150]}.cubin"))
+
             def __call__(self, x: int, y: int, z: int, *_: Any) -> None:
                 m = self.metadata
                 shape = (m.num_warps, m.num_ctas, m.num_stages, m.shared)
                 record = triton_backend.LaunchRecord(m.name, f"sm_{m.target.arch}", (x, y, z), *shape, {}, self.ptx)
                 triton_backend.launches.append(record)
+                cubins.append(self.cubin)
 
         if not counts:
             triton_backend.Driver.launcher_cls = Compiled
@@ -82,6 +97,7 @@ class TritonRuntime:
 
     def begin(self, tensors: list[Tensor]) -> None:
         self.backend.clear()
+        self.cubins.clear()
 
     def launches(self) -> list[tuple[str, dict[str, Any]]]:
         return [(launch.name, launch.counters) for launch in self.backend.launches]
@@ -90,16 +106,27 @@ class TritonRuntime:
         found = []
         for launch in self.backend.launches if not self.counts else []:
             static = launch.static
-            words = [case.option, f"V = {case.vocab}" if case.steps != ("scale_rows",) else ""]
-            words += ["gradient" * (case.steps == ("grad_in_forward",)), "cluster" * (launch.num_ctas > 1)]
-            variant = ", ".join(filter(None, words))
+            variant = "" if case.steps == ("scale_rows",) else triton_variant(case.option, case.vocab, case.steps[0])
+            variant += ", cluster" * (launch.num_ctas > 1)
             numbers = (32 * launch.num_warps, static["registers"], static["spill_bytes"], launch.smem)
             found.append(Registers("triton", case.target, launch.name, case.dtype, variant, *numbers))
         return found
 
+    def hot_loops(self, case: Case) -> list[HotLoop]:
+        if self.counts:
+            return []
+        return [
+            loop
+            for launch, cubin in zip(self.backend.launches, self.cubins, strict=True)
+            if launch.name in KERNELS and case.dtype in ITEMSIZES
+            for loop in triton_hot_loops(
+                self.cuobjdump, cubin, case.dtype, triton_variant(case.option, case.vocab, case.steps[0])
+            )
+        ]
+
 
 def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
-    """Takes the case's steps; yields the counts, or the registers, of each."""
+    """Takes the case's steps; yields the counts, or the registers and hot loops, of each."""
     from mixce_kernels import backends
     from mixce_kernels.backends.results import Results
     from mixce_kernels.options import TokenOptions, accumulate_dtype
@@ -141,6 +168,7 @@ def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
             yield {"count": dataclasses.asdict(count_of(case, step, runtime.launches()))}
         one_step = dataclasses.replace(case, steps=(step,))
         yield from ({"registers": dataclasses.asdict(one)} for one in runtime.registers(one_step))
+        yield from ({"hot_loop": dataclasses.asdict(one)} for one in runtime.hot_loops(one_step))
     if runtime.counts:
         assert losses.isfinite().all(), f"{case} has losses that are not finite"
 
@@ -153,7 +181,7 @@ def main() -> None:
     cases = [Case(**{**fields, "steps": tuple(fields["steps"])}) for fields in job["cases"]]
     # Before mixce_kernels is imported: the extension binds to the first CUDA runtime of its process.
     cuda = CudaRuntime(cases[0].target, job["extension"]) if cases[0].backend == "cuda" else None
-    triton = None if cuda else TritonRuntime(job["counts"])
+    triton = None if cuda else TritonRuntime(job["counts"], job["cuobjdump"])
     for case in cases:
         if triton is not None:
             triton.use(case.target)

@@ -10,9 +10,13 @@ from dataclasses import replace
 
 import pytest
 
-from gpu_kernels.counts import BARS, OPTIONS, Case, Count, cases, compiled_cases, count_of, verdicts
+from gpu_kernels.counts import BARS, OPTIONS, TARGETS, Case, Count, cases, compiled_cases, count_of, verdicts
+from gpu_kernels.hot_loops import HotLoop
+from gpu_kernels.machine_code import KINDS
 from gpu_kernels.model import (
     CHIPS,
+    Code,
+    code_of,
     limits,
     modelled,
     most_instructions,
@@ -20,7 +24,7 @@ from gpu_kernels.model import (
     plain_limits,
 )
 from gpu_kernels.registers import ARCHITECTURES, Registers, blocks_by_registers, held_rows, resource_usage
-from gpu_kernels.tables import markdown, write_csv, write_registers_csv
+from gpu_kernels.tables import markdown, read_csv, write_csv, write_registers_csv
 from support.paths import BENCHMARKS
 
 A100, H100, B200 = CHIPS
@@ -53,6 +57,34 @@ GRADIENT = replace(
     instructions=15.5,
     warp_instructions=0.5,
 )
+
+
+def loops_of(kernel: str, variant: str, part: str, instructions: int, backend: str = "cuda") -> list[HotLoop]:
+    """A loop for 10 logits on every architecture: half of its instructions are FP32, and 12 are special functions."""
+    fp32 = instructions // 2
+    kinds = dict.fromkeys(KINDS, 0) | {"special": 12, "fp32": fp32, "integer": instructions - 12 - fp32}
+    return [HotLoop(backend, target, kernel, "bfloat16", variant, part, 10, kinds) for target in TARGETS]
+
+
+HELD, TWICE = "gradient, held in shared memory", "gradient, second read"
+LOOPS = [
+    *loops_of("forward_kernel", "", "statistics", 60),
+    *loops_of("forward_kernel", "softcap", "statistics", 260),
+    *loops_of("forward_kernel", "moments", "statistics", 100),
+    *loops_of("forward_kernel", HELD, "statistics", 66),
+    *loops_of("forward_kernel", HELD, "gradient", 62),
+    *loops_of("forward_kernel", TWICE, "statistics", 64),
+    *loops_of("forward_kernel", TWICE, "gradient", 62),
+    *loops_of("forward_kernel", TWICE, "gradient aligned otherwise", 80),
+    *loops_of("logits_grad_kernel", "", "gradient", 58),
+    *loops_of("logits_grad_kernel", "", "gradient aligned otherwise", 78),
+    *loops_of("forward_kernel", "V = 50257", "statistics", 70, "triton"),
+    *loops_of("forward_kernel", "softcap, V = 50257", "statistics", 400, "triton"),
+    *loops_of("forward_kernel", "V = 50257, gradient", "whole row", 160, "triton"),
+    *loops_of("forward_kernel", "V = 128256, gradient", "statistics", 72, "triton"),
+    *loops_of("forward_kernel", "V = 128256, gradient", "gradient", 74, "triton"),
+    *loops_of("logits_grad_kernel", "V = 50257", "gradient", 68, "triton"),
+]
 USAGE = """
 arch = sm_80
  Function _ZN5mixce18logits_grad_kernelINS_4HalfELb1EEEvNS_9RowParamsENS_6LaunchE:
@@ -132,39 +164,93 @@ def test_cases_cover_the_bars_and_every_option(backend):
 
 
 def test_limits_by_hand():
-    times = limits(H100, memory_bytes=2.0, warp_instructions=0.25, special_functions=1.0)
+    times = limits(H100, memory_bytes=2.0, code=Code(instructions=8.0, fp32=3.0, special=1.0))
     assert times.memory == pytest.approx(2 / (0.9 * 3.35), rel=1e-9)
     assert times.issue == pytest.approx(0.25e12 / (4 * 132 * 1.83e9))
+    assert times.fp32 == pytest.approx(3e12 / (128 * 132 * 1.83e9))
     assert times.special == pytest.approx(1e12 / (16 * 132 * 1.83e9))
-    assert times.largest == "memory"
-    assert limits(B200, 2.0, 0.5, 1.0).largest == "issue"
-    assert limits(B200, 1.0, 0.1, 2.0).largest == "special functions"
+    assert (times.largest, times.time) == ("memory", times.memory)
+    assert limits(B200, 2.0, Code(16.0, 3.0, 1.0)).largest == "issue"
+    assert limits(B200, 1.0, Code(3.0, 1.0, 2.0)).largest == "special functions"
+    # An A100 has half the lanes of the others.
+    assert limits(A100, 0.0, Code(7.0, 4.0, 0.5)).largest == "FP32"
+    assert limits(H100, 0.0, Code(7.0, 4.0, 0.5)).largest == "issue"
 
 
 def test_issue_takes_as_long_as_memory_at_the_most_instructions():
     for chip in CHIPS:
-        times = limits(chip, 2.0, most_instructions(chip, 2.0) / 32, 0.0)
+        times = limits(chip, 2.0, Code(most_instructions(chip, 2.0), 0.0, 0.0))
         assert times.issue == pytest.approx(times.memory)
     assert most_instructions(H100, 2.0) == pytest.approx(20.5, abs=0.05)
     assert most_instructions(B200, 2.0) == pytest.approx(9.7, abs=0.05)
 
 
+TWO_KERNELS = "forward_kernel + merge_kernel + logits_grad_kernel"
+
+
+@pytest.mark.parametrize(
+    ("changes", "instructions"),
+    [
+        ({}, 6.0),
+        ({"option": "softcap"}, 26.0),
+        ({"option": "return_stats"}, 10.0),
+        ({"option": "label_smoothing"}, 10.0),
+        ({"option": "z_loss"}, 6.0),
+        ({"step": "backward"}, 5.8),
+        ({"step": "backward", "option": "label_smoothing"}, 5.8),
+        ({"step": "backward", "option": "gradient aligned otherwise"}, 7.8),
+        ({"step": "grad_in_forward"}, 6.6 + 6.2),
+        ({"step": "grad_in_forward", "loaded_bytes": 4.0}, 6.4 + 6.2),
+        ({"step": "grad_in_forward", "loaded_bytes": 6.0, "option": "gradient aligned otherwise"}, 6.4 + 8.0),
+        # Few rows, or rows that nothing holds: two kernels.
+        ({"step": "grad_in_forward", "kernels": TWO_KERNELS}, 6.0 + 5.8),
+        ({"step": "grad_in_forward", "kernels": TWO_KERNELS, "option": "gradient aligned otherwise"}, 6.0 + 7.8),
+        ({"backend": "triton"}, 7.0),
+        ({"backend": "triton", "option": "eta tensor"}, 7.0),
+        ({"backend": "triton", "option": "softcap"}, 40.0),
+        ({"backend": "triton", "step": "backward", "option": "return_stats"}, 6.8),
+        ({"backend": "triton", "step": "grad_in_forward"}, 16.0),
+        ({"backend": "triton", "step": "grad_in_forward", "vocab": 128256}, 7.2 + 7.4),
+    ],
+)
+def test_a_step_takes_the_hot_loops_of_its_kernels(changes, instructions):
+    code = code_of(replace(PLAIN, **changes), LOOPS, "sm_100")
+    assert code.instructions == pytest.approx(instructions)
+    assert code.fp32 == pytest.approx(instructions / 2)
+
+
+def test_a_pair_of_float32_takes_two_lanes():
+    (single,) = loops_of("forward_kernel", "", "statistics", 60)[:1]
+    pairs = replace(single, kinds=single.kinds | {"fp32": 10, "fp32x2": 10, "integer": 28})
+    assert code_of(PLAIN, [pairs], single.target) == Code(instructions=6.0, fp32=3.0, special=1.2)
+
+
+def test_a_step_whose_loops_are_unknown_is_an_error():
+    with pytest.raises(AssertionError, match="no hot loop of"):
+        code_of(replace(PLAIN, dtype="float32"), LOOPS, "sm_100")
+
+
 def test_a_second_read_is_modelled_from_l2_and_from_memory():
     twice = replace(GRADIENT, target="sm_80", rows=128, vocab=128256, loaded_bytes=4.0)
-    found = modelled([twice], "cuda")
+    found = modelled([twice], LOOPS, "cuda")
     assert [one.chip for one in found] == [A100, A100]
     assert [one.memory_bytes for one in found] == [4.0, 6.0]
-    assert modelled([twice], "triton") == []
+    assert modelled([twice], LOOPS, "triton") == []
     # Counted with clusters, it says nothing about the A100.
-    assert [one.chip for one in modelled([GRADIENT], "cuda")] == [H100, B200]
+    assert [one.chip for one in modelled([GRADIENT], LOOPS, "cuda")] == [H100, B200]
+
+
+def test_a_chip_has_the_machine_code_of_its_own_architecture():
+    faster = [replace(loop, logits=20) if loop.target == "sm_100" else loop for loop in LOOPS]
+    assert [one.code.instructions for one in modelled([PLAIN], faster, "cuda")] == [6.0, 6.0, 3.0]
 
 
 def test_options_that_memory_does_not_limit_are_named():
-    capped = replace(PLAIN, option="softcap", instructions=30.0, warp_instructions=1.0)
+    capped = replace(PLAIN, option="softcap")
     others = [PLAIN, replace(PLAIN, option="z_loss"), replace(capped, dtype="float64"), replace(capped, target="sm_80")]
-    assert not_of_memory_alone([capped, *others], "cuda") == [capped]
-    assert plain_limits(H100, capped).largest == "issue"
-    assert plain_limits(H100, capped).time == pytest.approx(1e12 / (4 * 132 * 1.83e9))
+    assert not_of_memory_alone([capped, *others], LOOPS, "cuda") == [capped]
+    assert plain_limits(H100, capped, LOOPS).largest == "issue"
+    assert plain_limits(H100, capped, LOOPS).time == pytest.approx(26e12 / (32 * 4 * 132 * 1.83e9))
 
 
 def test_resource_usage_names_kernel_type_and_variant():
@@ -203,17 +289,22 @@ def test_files(tmp_path):
     assert len(rows) == 4
     assert float(rows[0]["vector_share"]) == pytest.approx(PLAIN.vector_share, rel=1e-5)
     assert all(row["commit"] == "0123abc" for row in rows)
+    assert read_csv(tmp_path / "kernels.csv") == counts
 
     kernels = list(resource_usage(USAGE))
     write_registers_csv(tmp_path / "registers.csv", kernels, FACTS)
     assert len((tmp_path / "registers.csv").read_text().splitlines()) == 1 + len(kernels)
 
-    text = markdown(counts, kernels, [held_rows("sm_80", 128256, 2, 304)], FACTS)
+    text = markdown(counts, kernels, LOOPS, [held_rows("sm_80", 128256, 2, 304)], FACTS)
     assert "11 of 12 bars met." in text
     assert text.count("**not met**") == 1
     assert "| softcap | 0 | 0 | 0 | 0 | 0 | +22.50 |" in text
     assert "24 in CUDA logits_grad_kernel, float16, softcap on sm_80" in text
     assert "No time was measured" in text
+    assert "| forward_kernel, bfloat16, statistics | sm_90 | 10 | 6.00 | 1.20 | 3.00 | | | | | 1.80 | |" in text
+    assert "| forward | B200 | 50257 | one | 0.278 | 0.171 | 0.086 | 0.274 | memory | 9.7 | 6.0 |" in text
+    assert " | issue, 0.841 | issue, 0.742 |" in text
+    assert "Limits of chips" not in markdown(counts, kernels, [], [], FACTS)
     for line in text.splitlines():
         assert not line.startswith("|") or line.endswith("|")
 

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from gpu_kernels.hot_loops import read_hot_loops_csv
+from gpu_kernels.model import CHIPS, modelled
+from gpu_kernels.tables import read_csv
 from support.docs.blocks import text_of
 from support.paths import ROOT
 
@@ -166,3 +169,33 @@ def test_samples() -> None:
             if cell:
                 values = [float(row[SAMPLES[name]]) for row in rows_of("compare_eta", eta=eta)]
                 assert_rounded(cell, statistics.mean(values))
+
+
+def test_limits_of_chips() -> None:
+    """Of two ways to read the logits twice the page has the second: both times from memory."""
+    results = ROOT / "benchmarks" / "results"
+    counts, loops = read_csv(results / "kernels.csv"), read_hot_loops_csv(results / "hot_loops.csv")
+    found = {(one.count.step, one.count.vocab, one.chip): one.limits for one in modelled(counts, loops, "cuda")}
+    titles, *lines = table_of("kernels.md", "What limits them: a model")
+    assert len(lines) == 4
+    for name, *cells in lines:
+        step, _, vocab = name.partition(", V = ")
+        for title, chip, cell in zip(titles[1:], CHIPS, cells, strict=True):
+            assert chip.name.startswith(title)
+            limits = found[step, int(vocab.partition(" ")[0] or 50257), chip]
+            for text, value in zip(cell.split(" / "), (limits.memory, limits.issue, limits.special), strict=True):
+                assert_rounded(text, value)
+
+
+def test_machine_instructions() -> None:
+    loops = {loop.key: loop for loop in read_hot_loops_csv(ROOT / "benchmarks" / "results" / "hot_loops.csv")}
+    _, *lines = table_of("kernels.md", "The machine code of the loops")
+    assert len(lines) == 8
+    for name, *cells in lines:
+        backend, kernel, dtype = re.fullmatch(r"(CUDA|Triton) `(\w+)`, (\w+)", name).groups()
+        part = "gradient" if kernel == "logits_grad_kernel" else "statistics"
+        variant = "" if backend == "CUDA" else "V = 50257"
+        for target, cell in zip(("sm_80", "sm_90", "sm_100", "sm_120"), cells, strict=True):
+            loop = loops[backend.lower(), target, kernel, dtype, variant, part]
+            for text, value in zip(cell.split(" / "), (loop.instructions, loop.kinds["special"]), strict=True):
+                assert_rounded(text, value / loop.logits)

@@ -101,7 +101,7 @@ def most_held(target: str, variant: Variant) -> int:
 def row_of(target_name: str, variant: Variant) -> RowConfig:
     """The launch of a forward kernel."""
     target = TARGETS[target_name]
-    with_grad = "HAS_GRAD" in variant.options
+    with_grad = "HAS_GRAD" in variant.options and variant.same_window
     return row_config(
         variant.vocab_size,
         ITEMSIZES[variant.dtype],
@@ -121,8 +121,8 @@ def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
     if variant.kernel == "forward":
         row = row_of(target_name, variant)
         constants |= {"STACK": row.stack, "LANES": row.lanes, "VECTOR": row.vector, "REST": row.rest}
-        constants |= {"CTAS": row.n_ctas, "HELD": row.n_steps if row.held and variant.same_window else None}
-        constants["PTX"] = target.backend == "cuda" and constants["HAS_GRAD"]
+        constants |= {"CTAS": row.n_ctas, "HELD": row.n_steps if row.held else None}
+        constants["PTX"] = target.backend == "cuda" and constants["HAS_GRAD"] and variant.same_window
         options = {"num_warps": row.num_warps, "num_ctas": row.n_ctas}
         max_registers = row.max_registers
     else:
