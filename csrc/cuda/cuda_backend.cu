@@ -125,7 +125,7 @@ void cuda_forward(const ForwardCall& call, const CudaLaunch& launch) {
 void cuda_reduce(const ReductionParams& params, const CudaLaunch& launch) {
   check_cuda(cudaSetDevice(launch.device), "selecting the device");
   mixce::launch(params.dtype == DType::kFloat64 ? reduction_kernel<double> : reduction_kernel<float>,
-                {1, kReductionThreads, 1, 0, stream_of(launch)}, params);
+                {1, kReductionThreads, 1, kReductionSharedBytes, stream_of(launch)}, params);
 }
 
 void cuda_logits_grad(const RowParams& params, const CudaLaunch& launch) {

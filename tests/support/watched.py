@@ -17,11 +17,16 @@ class Watched:
         self.register = register
         self.unregister = unregister
         self.reached: dict[int, Tensor] = {}
-        watched: tuple[Any, ...] = ((native, "row_params"), (native, "forward_params"), (cuda, "_launch"))
+        watched: tuple[Any, ...] = (
+            (native, "row_params"),
+            (native, "forward_call"),
+            (native, "reduction_params"),
+            (cuda, "_launch"),
+        )
         watched += tuple((native_shards, f"{name}_params") for name in ("targets", "message", "merge"))
         for module, name in watched:
             setattr(module, name, self._watching(getattr(module, name)))
-        closed: list[Any] = [(cuda, name) for name in ("forward", "logits_grad", "scale_rows_")]
+        closed: list[Any] = [(cuda, name) for name in ("forward", "reduce", "logits_grad", "scale_rows_")]
         closed += [(cuda_shards, name) for name in ("localize_targets", "write_message", "merge_messages")]
         for module, name in closed:
             setattr(module, name, self._closing(getattr(module, name)))
