@@ -1,6 +1,6 @@
 #include "cuda_shards.h"
 #include "launch.h"
-#include "ptx.cuh"
+#include <ptx.cuh>
 
 namespace mixce {
 

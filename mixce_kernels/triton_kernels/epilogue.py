@@ -23,13 +23,16 @@ def eta_of(eta_ptr, row, eta_stride, eta_value, HAS_ETA: tl.constexpr):
 
 
 @triton.jit
-def upstream_of(grad_loss_ptr, token_scale_ptr, row, grad_loss_stride, token_scale_stride, real: tl.constexpr):
-    """The upstream gradient of tokens' own losses: that of the loss times their factors in it, None for 1."""
+def upstream_of(grad_loss_ptr, token_scale_ptr, row, loaded, grad_loss_stride, token_scale_stride, real: tl.constexpr):
+    """The upstream gradient of tokens' own losses: that of the loss times their factors in it, None for 1.
+
+    It is not defined where it is not `loaded`.
+    """
     upstream = tl.full((), 1.0, tl.float64)
     if token_scale_ptr is not None:
-        upstream = tl.load(token_scale_ptr + row * token_scale_stride)
+        upstream = tl.load(token_scale_ptr + row * token_scale_stride, mask=loaded, other=0.0)
     if grad_loss_ptr is not None:
-        upstream *= tl.load(grad_loss_ptr + row * grad_loss_stride).to(tl.float64)
+        upstream *= tl.load(grad_loss_ptr + row * grad_loss_stride, mask=loaded, other=0.0).to(tl.float64)
     return upstream.to(real)
 
 

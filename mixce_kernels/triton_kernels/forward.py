@@ -145,7 +145,7 @@ def forward_kernel(
 
     # Pass 2.
     if HAS_GRAD:
-        upstream = upstream_of(None, token_scale_ptr, row, 0, token_scale_stride, real)
+        upstream = upstream_of(None, token_scale_ptr, row, True, 0, token_scale_stride, real)
         terms = grad_terms(state, upstream, logit_scale)
         if HELD is None:
             row_grad(

@@ -69,7 +69,9 @@ def logits_grad_kernel(
     # A scalar is loaded by every thread; of these vectors each warp loads an entry a thread, and broadcasts it.
     i = tl.arange(0, 32)
     values = tl.load(state_ptr + row + i * n_rows, mask=i < STATE_WIDTH, other=0.0)
-    upstream = upstream_of(grad_loss_ptr, token_scale_ptr, row + 0 * i, grad_loss_stride, token_scale_stride, real)
+    upstream = upstream_of(
+        grad_loss_ptr, token_scale_ptr, row + 0 * i, i == 0, grad_loss_stride, token_scale_stride, real
+    )
     state = (
         broadcast(values, 0),
         broadcast(values, 1),
