@@ -139,7 +139,7 @@ def test_many_tokens(kernels: str, device: str, kind: str, weighted: bool) -> No
     if weighted:
         weights = torch.rand(n_tokens, device=device).bfloat16() - 0.25
         weights[::7] = torch.nan
-    factors = torch.where(targets == -100, 0.0, 1.0 if weights is None else weights.double())
+    factors = torch.where(targets == -100, 0.0, 1.0 if weights is None else weights.double()).double()
     divisor = math.fsum(factors.tolist()) if kind == "mean" else 1.0
     expected = math.fsum((losses.double() * factors).tolist()) / divisor
     loss, scale = losses.new_empty(()), factors.new_empty(n_tokens if weighted else ())
