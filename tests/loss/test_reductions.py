@@ -145,7 +145,7 @@ def test_many_tokens(kernels: str, device: str, kind: str, weighted: bool) -> No
     loss, scale = losses.new_empty(()), factors.new_empty(n_tokens if weighted else ())
     backends.get(kernels).reduce(targets, -100, Reduction(kind, weights), losses, loss, scale)
     assert float(loss) == pytest.approx(expected, rel=torch.finfo(torch.float32).eps)
-    wanted = factors / divisor if weighted else torch.tensor(1 / divisor).to(scale)
+    wanted = factors / divisor if weighted else torch.full_like(scale, 1 / divisor)
     torch.testing.assert_close(scale, wanted, rtol=1e-14, atol=0)
 
 
