@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mixce_kernels.options import LossOptions
 
-# What the kernels read one number of.
+# Those that the kernels read numbers of.
 NUMBER_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.int64)
 
 
@@ -27,15 +27,17 @@ class Reduction(NamedTuple):
     @classmethod
     def of(cls, options: LossOptions, targets: Tensor) -> Reduction:
         """The reduction that the options ask for, which have passed `LossOptions.check_reduction`."""
-        num_items = options.num_items_in_batch
+        kind, weights, num_items = options.reduction, options.token_weights, options.num_items_in_batch
+        if weights is not None and weights.dtype not in NUMBER_DTYPES:
+            weights = weights.double()
         if num_items is not None and (isinstance(num_items, Tensor) or torch.compiler.is_compiling()):
             if not isinstance(num_items, Tensor):
                 # As a sum: an operator would have a number baked in that the compiler traces as a symbol.
                 num_items = torch.zeros((), dtype=torch.float64, device=targets.device) + num_items
             dtype = num_items.dtype if num_items.dtype in NUMBER_DTYPES else torch.float64
             num_items = num_items.reshape(()).to(targets.device, dtype, non_blocking=True)
-            return cls(options.reduction, options.token_weights, num_items)
-        return cls(options.reduction, options.token_weights, None, None if num_items is None else float(num_items))
+            return cls(kind, weights, num_items)
+        return cls(kind, weights, None, None if num_items is None else float(num_items))
 
     @property
     def sums(self) -> bool:

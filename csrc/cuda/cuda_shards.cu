@@ -1,6 +1,7 @@
+#include <ptx.cuh>
+
 #include "cuda_shards.h"
 #include "launch.h"
-#include <ptx.cuh>
 
 namespace mixce {
 

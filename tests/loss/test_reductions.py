@@ -157,6 +157,15 @@ def test_num_items_of_any_type(kernels: str, device: str, dtype: torch.dtype) ->
     torch.testing.assert_close(loss, fused_mixce_loss(logits, targets, 0.3, num_items_in_batch=7, backend=kernels))
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e5m2, torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_any_type(kernels: str, device: str, dtype: torch.dtype) -> None:
+    logits, targets, weights = inputs(device)
+    weights = weights.to(dtype)
+    loss = fused_mixce_loss(logits, targets, 0.3, token_weights=weights, backend=kernels)
+    expected = fused_mixce_loss(logits, targets, 0.3, token_weights=weights.float(), backend=kernels)
+    torch.testing.assert_close(loss, expected)
+
+
 def test_what_the_reduction_reads_may_change_after_the_forward(kernels: str, device: str) -> None:
     """The gradient is that of the weights, and of the divisor, that the forward saw."""
     logits, targets, weights = inputs(device)
