@@ -138,11 +138,16 @@ def test_bad_target_is_nan_in_its_row_alone(bad: int, mode: str) -> None:
 def test_scale_rows_leaves_rows_with_factor_one(dtype: torch.dtype, factor_dtype: torch.dtype) -> None:
     from mixce_kernels.backends import triton as backend
 
-    grad = torch.randn(4, 1031, generator=torch.Generator().manual_seed(0)).to(dtype)
+    grad = torch.randn(5, 1031, generator=torch.Generator().manual_seed(0)).to(dtype)
     before = grad.clone()
-    backend.scale_rows_(grad, torch.tensor([1.0, 2.0, 0.0, -0.5], dtype=factor_dtype))
-    expected = before * torch.tensor([1.0, 2.0, 0.0, -0.5], dtype=dtype)[:, None]  # powers of two: exact
+    factors = torch.tensor([1.0, 2.0, 0.0, -0.5, torch.inf], dtype=factor_dtype)
+    targets = torch.tensor([3, 3, 3, 3, 7])
+    backend.scale_rows_(grad, factors, targets, 7)
+    expected = before * torch.tensor([1.0, 2.0, 0.0, -0.5, 1.0], dtype=dtype)[:, None]  # powers of two: exact
     assert torch.equal(grad, expected)
+    # One factor for all rows, and none of them ignored.
+    backend.scale_rows_(grad, torch.tensor(4.0, dtype=factor_dtype), None, 7)
+    assert torch.equal(grad, 4 * expected)
 
 
 @interpreted

@@ -9,6 +9,7 @@ import torch
 from mixce_kernels import fused_mixce_loss
 from mixce_kernels.backends import triton as backend
 from mixce_kernels.triton_kernels.forward import forward_kernel
+from mixce_kernels.triton_kernels.reduction import reduction_kernel
 from support.cases import DTYPES, Case
 from support.figures import FIGURES, assert_figures
 from support.inputs import build
@@ -68,7 +69,8 @@ def check_results(launches: list[Any]) -> None:
         check(logits, targets, **keywords)
         if path is not None and vocab_size > 1:
             row_bytes = (targets >= 0).sum().item() * vocab_size * dtype.itemsize
-            found = path_of(launches[0].counters, launches[0].num_ctas, row_bytes)
+            forward = of_rows(launches)[0]
+            found = path_of(forward.counters, forward.num_ctas, row_bytes)
             assert found == path, (vocab_size, dtype, keywords, found)
     logits, targets = confident_inputs(4, 1005, torch.bfloat16)
     check(logits.reshape(2, 2, 1005)[:, :1], targets.reshape(2, 2)[:, :1].contiguous())
@@ -110,6 +112,11 @@ def check_shards() -> None:
         one("triton")
 
 
+def of_rows(launches: list[Any]) -> list[Any]:
+    """Those of the row kernels, without those of the reduction."""
+    return [launch for launch in launches if launch.name != "reduction_kernel"]
+
+
 def taken_from(launches: list[Any]) -> list[str]:
     """The names of the kernels that were launched since the last call."""
     names = [launch.name for launch in launches]
@@ -126,12 +133,12 @@ def check_figures(launches: list[Any]) -> None:
         launches.clear()
         fused_mixce_loss(logits, targets, backend="triton").backward()
         fused_mixce_loss(logits, targets, grad_in_forward=True, backend="triton")
-        for step, launch in zip(FIGURES["triton"], launches, strict=True):
+        for step, launch in zip(FIGURES["triton"], of_rows(launches), strict=True):
             assert_figures("triton", step, launch.counters, logits.numel())
 
     # Rows whose factor is 1 are neither read nor written: each thread reads the factor alone.
     launches.clear()
-    backend.scale_rows_(logits.detach()[:2], torch.tensor([1.0, 1.0]))
+    backend.scale_rows_(logits.detach()[:2], torch.tensor([1.0, 1.0]), None, -100)
     counters = launches[-1].counters
     assert not counters["global_stores"], counters
     assert list(counters["global_loads"]) == [4], counters
@@ -139,12 +146,14 @@ def check_figures(launches: list[Any]) -> None:
 
 def check_specialisation() -> None:
     """Values do not specialise: neither sizes and strides of 1 or of multiples of 16, nor options, nor addresses."""
-    compiled = len(forward_kernel.device_caches[90][0])
-    assert compiled > 0
+    # Without a gradient, as below.
+    fused_mixce_loss(torch.randn(3, 50259).bfloat16(), torch.full((3,), 3), backend="triton")
+    compiled = [len(one.device_caches[90][0]) for one in (forward_kernel, reduction_kernel)]
+    assert all(compiled)
     for n_rows, vocab_size, ignore_index, eta in ((1, 50257, 1, 0.0), (2, 50272, 16, 1.0), (1, 50258, 2**40, 0.3)):
         logits, targets = torch.randn(n_rows, vocab_size + 16).bfloat16(), torch.full((n_rows,), 3)
         fused_mixce_loss(logits[:, 3 : 3 + vocab_size], targets, eta, ignore_index=ignore_index, backend="triton")
-    assert len(forward_kernel.device_caches[90][0]) == compiled
+    assert [len(one.device_caches[90][0]) for one in (forward_kernel, reduction_kernel)] == compiled
 
 
 def main() -> None:
