@@ -14,9 +14,10 @@ def weight_of(targets_ptr, weights_ptr, token, in_block, weights_stride, ignore_
     """The weights of tokens, 0 where ignored, whatever stands there."""
     target = tl.load(targets_ptr + token, mask=in_block, other=0).to(tl.int64)
     valid = in_block & (target != ignore_index)
-    if weights_ptr is None:
-        return valid.to(tl.float64)
-    return tl.load(weights_ptr + token * weights_stride, mask=valid, other=0.0).to(tl.float64)
+    weight = valid.to(tl.float64)
+    if weights_ptr is not None:
+        weight = tl.load(weights_ptr + token * weights_stride, mask=valid, other=0.0).to(tl.float64)
+    return weight
 
 
 @kernel
