@@ -49,10 +49,10 @@ def test_no_spills_and_whole_vectors(release: str, name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("release", ["installed", "newest", "oldest"])
-def test_kernels_of_a_split_vocabulary(release: str, tmp_path: Path) -> None:
+def test_kernels_of_tokens(release: str, tmp_path: Path) -> None:
     """No spills, for each type of sums, with every option and with none."""
     compiled = facts("shards_compile", "all", release, tmp_path)
-    assert {row["kernel"] for row in compiled} == {"localize_targets", "write_message", "merge_messages"}
+    assert {row["kernel"] for row in compiled} == {"localize_targets", "write_message", "merge_messages", "reduction"}
     assert {row["target"] for row in compiled} == set(MOST_SHARED)
     assert all(row["spills"] == 0 for row in compiled), compiled
 

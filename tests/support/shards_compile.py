@@ -1,14 +1,17 @@
-"""Compiles the Triton kernels of a split vocabulary ahead of time, as triton_compile.py does the kernels of rows."""
+"""Compiles the Triton kernels of tokens ahead of time, as triton_compile.py does those of rows: a split vocabulary's
+three, and the reduction.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from mixce_kernels.backends.triton_launch import reduction_config
 from mixce_kernels.backends.triton_shards import TOKENS, launch_options
-from mixce_kernels.triton_kernels import shards
+from mixce_kernels.triton_kernels import reduction, shards
 from support.triton_compile import TARGETS, compiled, facts_of, write
 
-KERNELS = ("localize_targets", "write_message", "merge_messages")
+KERNELS = ("localize_targets", "write_message", "merge_messages", "reduction")
 
 
 class Variant(NamedTuple):
@@ -36,9 +39,13 @@ def facts(target_name: str, variant: Variant) -> dict[str, Any]:
     integers = "i64" if variant.dtype == "fp64" else "i32"
     pointers = {"targets_ptr": "i64", "local_ptr": "i64", "correct_ptr": "i1"}
     pointers |= {"header_ptr": integers, "headers_ptr": integers}
-    kernel = getattr(shards, f"{variant.kernel}_kernel")
+    pointers |= {"weights_ptr": "bf16", "num_items_ptr": "i64"}
     target = TARGETS[target_name]
-    options = launch_options(target.warp_size)
+    if variant.kernel == "reduction":
+        kernel, options = reduction.reduction_kernel, reduction_config().arguments()
+        constants |= {"SUMS": variant.every, "MEAN": variant.every, "BLOCK": options.pop("BLOCK")}
+    else:
+        kernel, options = getattr(shards, f"{variant.kernel}_kernel"), launch_options(target.warp_size)
     return facts_of(target_name, compiled(kernel, target, variant.dtype, pointers, constants, options))
 
 

@@ -148,8 +148,9 @@ def compiled(
 ) -> CompiledKernel:
     """A kernel with no address, size or stride known to be a multiple of anything.
 
-    Pointers that are not named point to numbers of the type of sums.
+    Pointers that are not named point to numbers of the type of sums; tokens' factors in the loss are float64.
     """
+    pointers = {"token_scale_ptr": "fp64", **pointers}
     real = "fp64" if dtype == "fp64" else "fp32"
     signature, constexprs = {}, {}
     for index, param in enumerate(function.params):
