@@ -141,7 +141,7 @@ def scale_rows_launch(rows: RowLayout, vocab_size: int, itemsize: int) -> Launch
 @functools.cache
 def reduction_launch(kind: str) -> Launch:
     """A launch of `reduction_kernel` for a reduction of that kind."""
-    arguments = {"SUMS": kind != "none", "MEAN": kind == "mean"} | reduction_config().arguments()
+    arguments = {"SUMS": kind != "none", "MEAN": kind == "mean"} | reduction_config(WARP_SIZE).arguments()
     return Launch(kernels("reduction").reduction_kernel, (1,), arguments)
 
 

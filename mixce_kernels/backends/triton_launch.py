@@ -108,15 +108,16 @@ class ReductionConfig:
 
     block: int
     num_warps: int
+    max_registers: int | None
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `reduction_kernel` and of its launch."""
-        return {"BLOCK": self.block, "num_warps": self.num_warps}
+        return {"BLOCK": self.block, "num_warps": self.num_warps, **register_arguments(self.max_registers)}
 
 
-def reduction_config() -> ReductionConfig:
+def reduction_config(warp_size: int = 32) -> ReductionConfig:
     """The launch of the reduction: sixteen tokens a thread, so that its loads are under way together."""
-    return ReductionConfig(block=16 * 8 * 32, num_warps=8)
+    return ReductionConfig(16 * 8 * 32, num_warps=8, max_registers=_MAX_REGISTERS if warp_size == 32 else None)
 
 
 def row_config(

@@ -42,7 +42,7 @@ def facts(target_name: str, variant: Variant) -> dict[str, Any]:
     pointers |= {"weights_ptr": "bf16", "num_items_ptr": "i64"}
     target = TARGETS[target_name]
     if variant.kernel == "reduction":
-        kernel, options = reduction.reduction_kernel, reduction_config().arguments()
+        kernel, options = reduction.reduction_kernel, reduction_config(target.warp_size).arguments()
         constants |= {"SUMS": variant.every, "MEAN": variant.every, "BLOCK": options.pop("BLOCK")}
     else:
         kernel, options = getattr(shards, f"{variant.kernel}_kernel"), launch_options(target.warp_size)
