@@ -73,14 +73,15 @@ def forward(
     call: LinearCall,
     columns: int,
     results: Results,  # of N tokens: losses, state and statistics are written
-    token_scale: Tensor | None,  # [N], with grads
+    token_scale: Tensor | None,  # float64 [] or [N], with grads; None: 1
     grads: Grads,  # written, of sum(token_scale * losses)
 ) -> None:
-    """Losses, state and statistics of the tokens, and with `token_scale` the gradients of their weighted sum.
+    """Losses, state and statistics of the tokens, and the gradients of their weighted sum that are wanted.
 
     Chunks are sized for `columns`: whoever has another part of the vocabulary must have as many chunks.
     """
     kernels = backends.vocabulary(call.backend).kernels
+    wants_grads = any(one is not None for one in grads)
     chunks = _Chunks(call, columns, token_scale, grads)
     of_tokens = [one for one in (results.losses, results.state, results.stats, results.correct) if one is not None]
     if chunks.kept is not None:
@@ -95,7 +96,7 @@ def forward(
             with_stats=results.stats is not None,
         )
         eta = None if call.eta is None else chunk.of(call.eta)
-        grad_logits = None if token_scale is None else chunk.logits
+        grad_logits = chunk.logits if wants_grads else None
         kernels.forward(
             chunk.logits, chunk.targets, eta, call.eta_value, call.options, NO_REDUCTION, part, chunk.scale, grad_logits
         )
@@ -118,7 +119,6 @@ def grad(
     kernels = backends.vocabulary(call.backend).kernels
     chunks = _Chunks(call, columns, upstream, grads)
     for chunk in chunks:
-        assert chunk.scale is not None
         chunk_state = chunk.of(state).contiguous()
         kernels.logits_grad(chunk.logits, chunk.targets, chunk_state, None, chunk.scale, call.options, chunk.logits)
         chunks.add_grads(chunk)
@@ -131,7 +131,7 @@ class _Chunk(NamedTuple):
     rows: slice | Tensor
     hidden: Tensor  # [R, D], finite where ignored
     targets: Tensor  # [R]
-    scale: Tensor | None  # [R] float64, the upstream gradient
+    scale: Tensor | None  # [R] float64, the upstream gradient; None: 1
     logits: Tensor  # [R, V]
 
     def of(self, per_token: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class _Chunks:
     def __init__(self, call: LinearCall, columns: int, scale: Tensor | None, grads: Grads) -> None:
         self.call = call
         self.columns = max(columns, 1)
-        self.scale = scale
+        self.scale = None if scale is None else scale.expand(call.targets.shape)
         self.grad_hidden, self.grad_weight, self.grad_bias = grads
         device_type = call.hidden.device.type
         self.budget = call.max_chunk_bytes or DEFAULT_CHUNK_BYTES.get(device_type, DEFAULT_CHUNK_BYTES["cuda"])
@@ -157,11 +157,11 @@ class _Chunks:
             kept = self.valid.nonzero().squeeze(-1)
             self.kept = kept if len(kept) < len(call.targets) else None
         self.unit: Tensor | None = None
-        if scale is not None and scale.numel() > 0 and self.products.wants_units:
+        if self.scale is not None and self.scale.numel() > 0 and self.products.wants_units:
             # Of what is finite: other rows must not meet an infinity.
-            largest = torch.where(self.valid & scale.isfinite(), scale.abs(), 0.0).amax()
+            largest = torch.where(self.valid & self.scale.isfinite(), self.scale.abs(), 0.0).amax()
             self.unit = torch.where(largest == 0, 1.0, largest)
-            self.scale = scale / self.unit
+            self.scale = self.scale / self.unit
         self.count = 0
 
     def __iter__(self) -> Iterator[_Chunk]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -91,14 +90,12 @@ def linear_forward_with_grad(args: LinearForwardWithGrad) -> tuple[Tensor | None
     results, grads = _empty_results(args).with_losses(call.targets), _empty_grads(args)
     wanted = _wanted(grads, args)
     token_scale = results.token_scale
-    if token_scale is None:
-        token_scale = torch.ones((), dtype=torch.float64, device=call.targets.device)
-    else:
+    if token_scale is not None:
         _vocabulary(args).kernels.reduce(
             call.targets, call.options.ignore_index, call.reduction, None, None, token_scale
         )
     with without_autocast(call.hidden):
-        chunks.forward(call, columns, results, token_scale.expand(call.targets.shape), wanted)
+        chunks.forward(call, columns, results, token_scale, wanted)
         _add_up(args, wanted)
     _reduce(args, results._replace(token_scale=None))
     return *results.returned(), *grads
