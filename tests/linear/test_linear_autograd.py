@@ -211,3 +211,22 @@ def test_flops_are_counted(kernels: str, device: str, reduction: str) -> None:
             fused_linear_mixce_loss(hidden, weight, targets, reduction=reduction, backend=kernels)
         found = [counter.get_total_flops() // product for counter in (forward, backward, without_grad)]
         assert found == ([1, 1 + n_grads, 1] if reduction == "none" else [1 + n_grads, 0, 1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_no_tokens(kernels: str, device: str, reduction: str, weighted: bool, dtype: torch.dtype) -> None:
+    """Loss 0 and gradients of zeros, also where products take gradients in units of the largest."""
+    hidden = torch.empty(0, 8, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(50, 8, device=device, dtype=dtype, requires_grad=True)
+    targets = torch.empty(0, device=device, dtype=torch.int64)
+    loss = fused_linear_mixce_loss(
+        hidden, weight, targets, 0.3, reduction=reduction, backend=kernels,
+        token_weights=torch.empty(0, device=device) if weighted else None,
+    )  # fmt: skip
+    assert isinstance(loss, Tensor)
+    assert loss.sum() == 0
+    grads = torch.autograd.grad(loss.sum(), (hidden, weight))
+    assert grads[0].shape == hidden.shape
+    assert not grads[1].any()
