@@ -88,6 +88,7 @@ def main() -> None:
     runtime.attach(str(library))
     from mixce_kernels import fused_mixce_loss
     from support.inputs import build
+    from support.launches import check_launches_of_reductions
     from support.loss_checks import check, check_statistics
     from support.shard_checks import CHECKS, FEW, check_case, check_launches
     from support.watched import Watched
@@ -117,6 +118,7 @@ def main() -> None:
         launched |= {launch["kernel"] for launch in runtime.launches()}
         runtime.clear()
         check_launches("cuda", lambda: taken_from(runtime))
+        check_launches_of_reductions("cuda", lambda: taken_from(runtime))
         assert launched == kernels, sorted(kernels - launched)
 
         logits, targets = torch.randn(4, 9001).bfloat16().requires_grad_(), torch.tensor([3, 9001, -1, 2**33 + 5])

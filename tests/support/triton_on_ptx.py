@@ -13,6 +13,7 @@ from mixce_kernels.triton_kernels.reduction import reduction_kernel
 from support.cases import DTYPES, Case
 from support.figures import FIGURES, assert_figures
 from support.inputs import build
+from support.launches import check_launches_of_reductions
 from support.loss_checks import check_statistics
 from support.oracle import Options
 from support.shard_checks import CHECKS, FEW, check_case, check_launches
@@ -169,6 +170,7 @@ def main() -> None:
         # Their threads tell each other nothing: one order will do.
         check_shards()
         check_launches("triton", lambda: taken_from(launches))
+        check_launches_of_reductions("triton", lambda: taken_from(launches))
         ptx_on_cpu.configure(order="forward", races=False)
         check_figures(launches)
         check_specialisation()
