@@ -181,6 +181,7 @@ void define_cpu(py::module_& m) {
                 field("threads", &CpuLaunch::threads),
                 field("streaming_stores", &CpuLaunch::streaming_stores));
   m.def("supported_isas", &supported_isas);
+  m.def("cpu_features", &cpu_features);
   m.def("cpu_forward", &cpu_forward, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_reduce", &cpu_reduce, py::call_guard<py::gil_scoped_release>());
   m.def("cpu_logits_grad", &cpu_logits_grad, py::call_guard<py::gil_scoped_release>());

@@ -161,8 +161,8 @@ def fused_linear_mixce_loss(
         validate: check the values of targets and of a tensor eta, synchronising with a GPU. On the CPU targets are
             always checked.
         max_chunk_bytes: memory for the logits of a chunk with path "chunks": as many rows are taken as fit, at least
-            one. None: 36 MiB on a CPU, 1 GiB on a GPU. For half-precision operands on a CPU, which are multiplied in
-            float32, this includes the float32 copy of a tile of the weight.
+            one. None: 44 MiB on a CPU (2 V D bytes for a half-precision weight, if that is more), 1 GiB on a GPU. Where
+            half-precision operands are multiplied in float32, this includes the float32 copy of a tile of the weight.
         path: "chunks" or "tiles"; a sharded weight takes "chunks".
         group: the ranks that hold the weight; None: the weight is whole.
         vocab_start, vocab_size, check_group: with `group`, as in `vocab_parallel_mixce_loss`. With `vocab_size` chunks

@@ -22,7 +22,7 @@ from harness.check import results_of
 from harness.contenders import ETA, IGNORE_INDEX, add_installed, from_file, plain_mixce
 from linear.check import LinearErrors, LinearInputs
 from mixce_kernels import backends, fused_linear_mixce_loss, fused_mixce_loss
-from mixce_kernels.linear.chunks import DEFAULT_CHUNK_BYTES, rows_per_chunk
+from mixce_kernels.linear.chunks import default_chunk_bytes, rows_per_chunk
 from mixce_kernels.linear.matmul import padded_empty, products
 from mixce_kernels.options import accumulate_dtype
 
@@ -122,6 +122,7 @@ def linear_contenders(
             "MixCE, F.linear and fused_mixce_loss(inplace_backward=True, grad_in_forward=True)",
             _materialised,
             rounds_logits=True,
+            of_goals=True,
         ),
         LinearContender(
             EAGER,
@@ -154,7 +155,7 @@ def matmuls(hidden: Tensor, weight: Tensor, gradients: bool) -> Sequence[Tensor]
 
     What stands for the gradient of the logits is the logits: a product takes the same time with other numbers.
     """
-    budget = DEFAULT_CHUNK_BYTES[hidden.device.type]
+    budget = default_chunk_bytes(weight, len(weight))
     made = products(weight, None, hidden.dtype, budget // 2)
     dtype = accumulate_dtype(hidden.dtype)
     budget -= made.bytes_besides(weight.shape[0])

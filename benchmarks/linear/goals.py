@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.goals import Verdict, verdicts_text
 from harness.report import Row, groups, read_csv
-from linear.contenders import EAGER, OURS
+from linear.contenders import EAGER, OURS, OURS_MATERIALISED
 from linear.plan import GOAL_SHAPES
 from linear.report import CELL
 
@@ -19,14 +19,18 @@ from linear.report import CELL
 PEAK_BOUND = 64.0
 # What the loss may cost beside its matrix products.
 MATMULS_BOUND = 1.15
+# What it may cost beside the same loss of logits that exist as a whole, and in bfloat16 beside the plain formula.
+MATERIALISED_BOUND, HALF_BOUND = 1.15, 1.5
 
 MEMORY = "peak beyond inputs and gradients, MiB"
 PRODUCTS = "forward + backward, times the three bare matmuls"
+MATERIALISED = "forward + backward, float32, times F.linear and the loss in place"
+HALF = "forward + backward, bfloat16, times eager"
 FASTER = "forward + backward, times faster than eager"
 LOSS, HIDDEN, WEIGHT = (
     f"error of {what}, share of what is allowed" for what in ("the loss", "grad_hidden", "grad_weight")
 )
-GOALS = (MEMORY, PRODUCTS, FASTER, LOSS, HIDDEN, WEIGHT)
+GOALS = (MEMORY, PRODUCTS, MATERIALISED, HALF, FASTER, LOSS, HIDDEN, WEIGHT)
 
 
 def linear_verdicts(rows: list[Row]) -> list[Verdict]:
@@ -49,6 +53,13 @@ def _of_cell(title: str, whole: dict[str, Row], of_goals: bool) -> Iterator[Verd
         yield Verdict(MEMORY, title, float(ours["peak_bytes"]) / 2**20, PEAK_BOUND)
     if ours["times_matmuls"] and of_goals:
         yield Verdict(PRODUCTS, title, float(ours["times_matmuls"]), MATMULS_BOUND)
+    dtype = ours["dtype"]
+    for goal, of_type, other, bound in (
+        (MATERIALISED, "float32", whole.get(OURS_MATERIALISED), MATERIALISED_BOUND),
+        (HALF, "bfloat16", eager, HALF_BOUND),
+    ):
+        if dtype == of_type and ours["median_ms"] and other is not None and other["median_ms"]:
+            yield Verdict(goal, title, float(ours["median_ms"]) / float(other["median_ms"]), bound)
     if ours["median_ms"] and eager is not None and eager["median_ms"]:
         yield Verdict(FASTER, title, float(eager["median_ms"]) / float(ours["median_ms"]), 1.0, at_least=True)
     # Also where these are why it was not timed.

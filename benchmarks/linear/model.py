@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_kernels.model import CHIPS, ISSUE_SLOTS, REACHABLE, WARP_SIZE, Chip
-from mixce_kernels.linear.chunks import DEFAULT_CHUNK_BYTES, rows_per_chunk
+from mixce_kernels.linear.chunks import CHUNK_BYTES, rows_per_chunk
 from mixce_kernels.linear.tiles_launch import Tiles, forward_config, grad_config
 
 RESULT = Path(__file__).parents[1] / "results" / "linear_model.md"
@@ -82,7 +82,7 @@ def modelled(path: str, step: str, n: int, v: int, d: int, arch: int = 90, multi
 
 
 def _chunks(n: int, v: int, d: int, backward: bool, arch: int) -> Modelled:
-    rows = rows_per_chunk(n, v, SINGLE + HALF, DEFAULT_CHUNK_BYTES["cuda"])
+    rows = rows_per_chunk(n, v, SINGLE + HALF, CHUNK_BYTES["cuda"])
     n_chunks = -(-n // rows)
     product, logits = 2.0 * n * v * d, float(n * v)
     weights, hidden = float(n_chunks * v * d), float(n * d)

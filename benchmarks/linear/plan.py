@@ -16,9 +16,11 @@ Shape = tuple[str, int, int, int]  # dtype, N, D, V
 
 # The shapes of the goals that the package sets itself on a CPU: GPT-2's head and one of Llama 3's vocabulary.
 GOAL_SHAPES: tuple[Shape, ...] = (("float32", 2048, 768, 50257), ("float32", 1024, 768, 128256))
+HALF_SHAPE: Shape = ("bfloat16", 2048, 768, 50257)
 FULL_SHAPES: tuple[Shape, ...] = (
+    ("float32", 512, 768, 50257),
     ("float32", 1024, 2048, 50257),
-    ("bfloat16", 2048, 768, 50257),
+    ("bfloat16", 512, 768, 50257),
     ("bfloat16", 1024, 768, 128256),
 )
 GPU_ROWS, GPU_HIDDEN_SIZE, GPU_VOCABULARIES = 8192, 4096, (32000, 128256)
@@ -57,7 +59,7 @@ def linear_shapes(device: torch.device, full: bool, only: dict[str, list[int]], 
         dtypes: only these; empty for the usual ones.
     """
     if device.type == "cpu" and not any(only.values()):
-        usual = [*GOAL_SHAPES, *(FULL_SHAPES if full or dtypes else ())]
+        usual = [*GOAL_SHAPES, HALF_SHAPE, *(FULL_SHAPES if full or dtypes else ())]
         return [shape for shape in usual if not dtypes or shape[0] in dtypes]
     on_gpu = device.type == "cuda"
     _, rows, hidden_size, vocab = GOAL_SHAPES[0]

@@ -1,6 +1,9 @@
 #include "cpu_backend.h"
 
 #include <omp.h>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -91,6 +94,18 @@ std::vector<std::string> supported_isas() {
     if (isa.supported) names.push_back(isa.name);
   }
   return names;
+}
+
+std::vector<std::string> cpu_features() {
+  std::vector<std::string> found;
+#if defined(__x86_64__)
+  if (__builtin_cpu_is("intel")) found.push_back("intel");
+  // Leaf 7, as compilers do not all know the name.
+  constexpr unsigned kAmxBf16 = 1u << 22;
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kAmxBf16)) found.push_back("amx_bf16");
+#endif
+  return found;
 }
 
 int64_t cpu_forward(const ForwardCall& call, const CpuLaunch& launch) {

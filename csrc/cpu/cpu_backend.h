@@ -18,6 +18,9 @@ struct CpuLaunch {
 // Instruction sets that this machine can run, best first.
 std::vector<std::string> supported_isas();
 
+// What the choice of a BLAS rests on: "intel" for its processors, "amx_bf16" for tiles of bfloat16.
+std::vector<std::string> cpu_features();
+
 // Losses of tokens that no result points to stay here. Returns the first row whose target is out of range,
 // having written nothing, or -1.
 int64_t cpu_forward(const ForwardCall& call, const CpuLaunch& launch);

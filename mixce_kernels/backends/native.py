@@ -20,6 +20,7 @@ try:
 except ImportError as error:
     MISSING = f"the native extension is missing ({error}); reinstall mixce_kernels where a C++ compiler is found"
 HAS_CUDA = MISSING is None and hasattr(_C, "cuda_forward")
+CPU_FEATURES = frozenset(_C.cpu_features() if MISSING is None else ())
 
 DTYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3, torch.int32: 4, torch.int64: 5

@@ -18,9 +18,9 @@ from mixce_kernels.linear.matmul import Products, padded_empty, products
 from mixce_kernels.options import TokenOptions, accumulate_dtype
 from mixce_kernels.reduction import NO_REDUCTION, Reduction
 
-# Where the caller names no budget. A CPU's products need about a hundred rows to be fast; a GPU's a thousand, at which
-# reading the weight and adding to its gradient takes less time than multiplying.
-DEFAULT_CHUNK_BYTES = {"cpu": 36 * 2**20, "cuda": 2**30}
+# Where the caller names no budget: on a GPU for a thousand rows, at which reading the weight and adding to its gradient
+# takes less time than multiplying, on a CPU for about a hundred.
+CHUNK_BYTES = {"cpu": 44 * 2**20, "cuda": 2**30}
 
 
 class Grads(NamedTuple):
@@ -58,6 +58,17 @@ class LinearCall(NamedTuple):
         hidden, weight = (one.to(self.compute_dtype) for one in (self.hidden, self.weight))
         hidden, weight = (one if one.stride(-1) == 1 else one.contiguous() for one in (hidden, weight))
         return hidden, weight, self.bias, self.targets
+
+
+def default_chunk_bytes(weight: Tensor, columns: int) -> int:
+    """The budget where the caller names none, of a weight [.., D] with so many columns of logits.
+
+    On a CPU matrix units for half precision leave little time to read a weight and its float32 gradient, which is held
+    beside anyway: a chunk may then take half as much memory as that.
+    """
+    least = CHUNK_BYTES.get(weight.device.type, CHUNK_BYTES["cuda"])
+    half = weight.device.type == "cpu" and accumulate_dtype(weight.dtype) != weight.dtype
+    return max(least, 2 * columns * weight.shape[1]) if half else least
 
 
 def rows_per_chunk(n_rows: int, vocab_size: int, bytes_per_logit: int, max_bytes: int) -> int:
@@ -147,8 +158,7 @@ class _Chunks:
         self.columns = max(columns, 1)
         self.scale = None if scale is None else scale.expand(call.targets.shape)
         self.grad_hidden, self.grad_weight, self.grad_bias = grads
-        device_type = call.hidden.device.type
-        self.budget = call.max_chunk_bytes or DEFAULT_CHUNK_BYTES.get(device_type, DEFAULT_CHUNK_BYTES["cuda"])
+        self.budget = call.max_chunk_bytes or default_chunk_bytes(call.weight, self.columns)
         self.products: Products = products(call.weight, call.bias, call.compute_dtype, self.budget // 2)
         self.valid = call.targets != call.options.ignore_index
         # The rows that are not ignored, where others are left out; None: all rows are taken.
@@ -184,6 +194,10 @@ class _Chunks:
 
     def add_grads(self, chunk: _Chunk) -> None:
         """Adds those of a chunk whose logits have become their gradient."""
+        if self.grad_bias is not None:
+            total = chunk.logits.sum(0)
+            self.grad_bias.copy_(total if self.count == 0 else total + self.grad_bias)
+        # An operand may take the memory of what it is made of.
         grad_logits = self.products.operand(chunk.logits)
         if self.grad_hidden is not None and isinstance(chunk.rows, slice):
             self.products.grad_hidden(grad_logits, self.grad_hidden[chunk.rows])
@@ -193,9 +207,6 @@ class _Chunks:
             self.grad_hidden[chunk.rows] = part
         if self.grad_weight is not None:
             self.products.grad_weight(grad_logits, chunk.hidden, self.grad_weight, accumulate=self.count > 0)
-        if self.grad_bias is not None:
-            total = chunk.logits.sum(0)
-            self.grad_bias.copy_(total if self.count == 0 else total + self.grad_bias)
         self.count += 1
 
     def finish_grads(self) -> None:

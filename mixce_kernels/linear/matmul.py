@@ -17,13 +17,21 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mixce_kernels.linear import mkl
 from mixce_kernels.options import accumulate_dtype
 
 # Rows of the weight in a tile: with their logits they stay in a CPU's caches, and their float32 copy is small.
 _TILE = 2048
-# A BLAS of a CPU may add up the terms of a product one after another (MKL does for up to three rows, oneDNN for any
-# number): longer sums, as those over the vocabulary, are made of sums of so many terms.
+# MKL packs what it multiplies, for some shapes the whole weight: of so many rows its copy is small, and it as fast.
+_MKL_TILE = 8192
+# A BLAS of a CPU may add up the terms of a product one after another (oneDNN does, MKL for up to three rows): longer
+# sums, as those over the vocabulary, are made of sums of so many terms.
 _LONGEST_SUM = 512
+_ROWS_OF_LONG_SUMS = 4
+# The same for the terms of a logit on AMX, whose sums are of single products.
+_LONGEST_SUM_OF_TILES = 1024
+# Bytes of a chunk's logits that are rounded at a time.
+_ROUNDED_BYTES = 2**21
 # Where a chunk has more rows, MKL has packed the weight for all of them, and oneDNN's own memory would count.
 _MOST_ROWS = 1024
 
@@ -60,6 +68,10 @@ def products(weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, ma
     half = accumulate_dtype(compute_dtype) != compute_dtype
     if half and weight.is_cuda and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype_out"):
         return MixedProducts(weight, bias, compute_dtype)
+    # Where autocast rounds the operands, a gradient of float32 is not rounded on its way: this takes products of it.
+    whole = weight.dtype == compute_dtype == torch.bfloat16 and weight.device.type == "cpu"
+    if whole and mkl.has_bfloat16() and mkl.takes(weight):
+        return MklProducts(weight, bias)
     return TiledProducts(weight, bias, compute_dtype, max_bytes)
 
 
@@ -85,7 +97,8 @@ class TiledProducts:
     def _tile_of(self, vocab_size: int) -> int:
         """Rows of a tile of a weight [vocab_size, D]."""
         # A GPU's BLAS chooses its own tiles.
-        tile = min(_TILE, vocab_size) if self.converted or self.on_cpu else vocab_size
+        most = _MKL_TILE if mkl.is_fast() and not self.converted else _TILE
+        tile = min(most, vocab_size) if self.converted or self.on_cpu else vocab_size
         return max(min(tile, self.most_converted) if self.converted else tile, 1)
 
     def logits(self, hidden: Tensor, out: Tensor) -> None:
@@ -104,12 +117,13 @@ class TiledProducts:
         return grad_logits
 
     def grad_hidden(self, grad_logits: Tensor, out: Tensor) -> None:
-        if not self.on_cpu and self.weight.dtype == self.dtype == self.compute_dtype:
+        adds_in_order = self.on_cpu and not (mkl.is_fast() and len(grad_logits) >= _ROWS_OF_LONG_SUMS)
+        if not (adds_in_order or self.converted):
             torch.mm(grad_logits, self.weight, out=out)
             return
         onednn = self._has_onednn(len(grad_logits))
         out.zero_()
-        for columns, weight in self._tiles(min(self.tile, _LONGEST_SUM) if self.on_cpu else self.tile):
+        for columns, weight in self._tiles(min(self.tile, _LONGEST_SUM) if adds_in_order else self.tile):
             part = grad_logits[:, columns]
             out += _onednn(part, weight.t()) if onednn and weight.is_contiguous() else torch.mm(part, weight)
 
@@ -131,12 +145,15 @@ class TiledProducts:
     def _has_onednn(self, n_rows: int) -> bool:
         # For so few columns a call costs more than it saves; without them oneDNN has no fast kernel either.
         small = min(self.weight.shape) < 32
-        return self.on_cpu and self.dtype == torch.float32 and not small and n_rows <= _MOST_ROWS and _onednn_found()
+        return (
+            self.on_cpu and self.dtype == torch.float32 and not small and n_rows <= _MOST_ROWS and _onednn_is_faster()
+        )
 
 
-def _onednn_found() -> bool:
-    """Whether torch has oneDNN's product, which is the faster one of few rows by many columns."""
-    return bool(torch.backends.mkldnn.is_available()) and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+def _onednn_is_faster() -> bool:
+    """Whether torch has oneDNN's product, and MKL leaves it vectors that it does not use itself."""
+    found = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return found and not mkl.is_fast()
 
 
 def _onednn(a: Tensor, b: Tensor) -> Tensor:
@@ -195,6 +212,53 @@ class MixedProducts:
             for begin in range(0, len(out), _TILE):
                 tile = slice(begin, begin + _TILE)
                 out[tile] += torch.ops.aten.mm.dtype(grad_logits[:, tile].t(), hidden, torch.float32)
+
+
+class MklProducts:
+    """Products of bfloat16 operands on a CPU's matrix units, with float32 results, as `MixedProducts`.
+
+    The gradient of the logits is rounded within their memory: no chunk takes more than its float32 logits.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = weight  # bfloat16, as `mkl.takes` it
+        self.bias = None if bias is None else bias.float()
+        self.bytes_per_logit = 4
+        self.wants_units = False
+
+    def bytes_besides(self, vocab_size: int) -> int:
+        return 0
+
+    def logits(self, hidden: Tensor, out: Tensor) -> None:
+        hidden = self._operand(hidden)
+        first, *others = self.weight.split(_LONGEST_SUM_OF_TILES, 1)
+        mkl.multiply(hidden[:, : first.shape[1]], first.t(), out)
+        for index, terms in enumerate(others, 1):
+            of_hidden = hidden[:, index * _LONGEST_SUM_OF_TILES :][:, : terms.shape[1]]
+            for columns, weight in zip(out.split(_TILE, 1), terms.split(_TILE), strict=True):
+                part = torch.empty_like(columns, memory_format=torch.contiguous_format)
+                mkl.multiply(of_hidden, weight.t(), part)
+                columns += part
+        if self.bias is not None:
+            out += self.bias
+
+    def operand(self, grad_logits: Tensor) -> Tensor:
+        """In the first half of each row's memory."""
+        rounded = grad_logits.view(torch.bfloat16)[:, : grad_logits.shape[1]]
+        rows = max(_ROUNDED_BYTES // (2 * max(grad_logits.shape[1], 1)), 1)
+        for part, its_rounded in zip(grad_logits.split(rows), rounded.split(rows), strict=True):
+            its_rounded.copy_(part.bfloat16())
+        return rounded
+
+    def grad_hidden(self, grad_logits: Tensor, out: Tensor) -> None:
+        mkl.multiply(grad_logits, self.weight, out)
+
+    def grad_weight(self, grad_logits: Tensor, hidden: Tensor, out: Tensor, accumulate: bool) -> None:
+        mkl.multiply(grad_logits.t(), self._operand(hidden), out, accumulate=accumulate)
+
+    def _operand(self, hidden: Tensor) -> Tensor:
+        hidden = hidden.to(self.weight.dtype)
+        return hidden if mkl.takes(hidden) else hidden.contiguous()
 
 
 @functools.cache

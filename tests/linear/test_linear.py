@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conftest import INTERPRETED
 from mixce_kernels import MixCEStats, fused_linear_mixce_loss, linear_mixce_loss_reference
-from mixce_kernels.linear.chunks import DEFAULT_CHUNK_BYTES, rows_per_chunk
+from mixce_kernels.linear.chunks import CHUNK_BYTES, default_chunk_bytes, rows_per_chunk
 from mixce_kernels.linear.matmul import TiledProducts
 from support.cases import BFLOAT16
 from support.linear_cases import LINEAR, LinearCase, LinearInputs, build_linear, check_linear
@@ -72,8 +72,12 @@ def test_statistics(case: LinearCase, backend: str, device: str) -> None:
 
 def test_default_chunks_are_those_of_one_budget() -> None:
     """As few chunks as the budget allows, of equal size, of a multiple of 8 rows where there is room."""
-    assert rows_per_chunk(2048, 50257, 4, DEFAULT_CHUNK_BYTES["cpu"]) == 187
-    assert rows_per_chunk(1024, 128256, 4, DEFAULT_CHUNK_BYTES["cpu"]) == 72
+    assert rows_per_chunk(2048, 50257, 4, CHUNK_BYTES["cpu"]) == 229
+    assert rows_per_chunk(1024, 128256, 4, CHUNK_BYTES["cpu"]) == 88
+    for dtype, expected in ((torch.float32, 44 * 2**20), (torch.float64, 44 * 2**20), (BFLOAT16, 2 * 50257 * 768)):
+        weight = torch.empty(1, 768, dtype=dtype)
+        assert default_chunk_bytes(weight, 50257) == expected
+        assert default_chunk_bytes(weight, 1000) == 44 * 2**20
     assert rows_per_chunk(7, 10, 4, 10**9) == 7
     assert rows_per_chunk(100, 1000, 4, 1) == 1
     assert rows_per_chunk(100, 1000, 4, -5) == 1

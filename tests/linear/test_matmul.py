@@ -1,4 +1,4 @@
-"""The products of half-precision operands on tensor cores, which only a GPU has, over stand-ins of its operators."""
+"""Who multiplies; half-precision operands on tensor cores, over stand-ins of a GPU's operators, and by MKL."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from conftest import EMULATED
 from mixce_kernels import fused_linear_mixce_loss
-from mixce_kernels.linear import chunks, matmul
+from mixce_kernels.linear import chunks, matmul, mkl
 from support.linear_cases import LINEAR, LinearCase, build_linear, check_linear
 
 pytestmark = pytest.mark.skipif(EMULATED is not None, reason="no backend is tried here")
+needs_mkl = pytest.mark.skipif(mkl._gemm() is None, reason="this PyTorch has no MKL")
 HALF = [
     case
     for case in LINEAR
@@ -44,6 +45,12 @@ def tensor_cores(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(chunks, "products", lambda *args: matmul.MixedProducts(*args[:3]))
 
 
+@pytest.fixture
+def by_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls in bfloat16 take `MklProducts`, on any CPU."""
+    monkeypatch.setattr(mkl, "has_bfloat16", lambda: True)
+
+
 @pytest.mark.parametrize("case", HALF, ids=str)
 def test_accuracy(case: LinearCase, tensor_cores: None) -> None:
     """The gradient of the logits is an operand in half precision, and the rule holds all the same."""
@@ -51,6 +58,59 @@ def test_accuracy(case: LinearCase, tensor_cores: None) -> None:
     keywords: dict[str, Any] = {**inputs.keywords, "backend": "cpu", "bias": inputs.bias}
     loss = fused_linear_mixce_loss(inputs.hidden, inputs.weight, inputs.tokens.targets, inputs.tokens.eta, **keywords)
     check_linear(inputs, loss, list(torch.autograd.grad(loss, inputs.leaves, inputs.tokens.upstream)))
+
+
+@needs_mkl
+@pytest.mark.parametrize("case", [case for case in HALF if case.plain.dtype == torch.bfloat16], ids=str)
+def test_accuracy_of_mkl(case: LinearCase, by_mkl: None) -> None:
+    """As above; a CPU without matrix units computes the same another way."""
+    inputs = build_linear(case)
+    keywords: dict[str, Any] = {**inputs.keywords, "backend": "cpu", "bias": inputs.bias}
+    loss = fused_linear_mixce_loss(inputs.hidden, inputs.weight, inputs.tokens.targets, inputs.tokens.eta, **keywords)
+    check_linear(inputs, loss, list(torch.autograd.grad(loss, inputs.leaves, inputs.tokens.upstream)))
+
+
+@needs_mkl
+@pytest.mark.parametrize("hidden_size", [1, 1024, 2500])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("n_rows", [1, 3, 40])
+def test_logits_of_mkl_are_not_rounded(n_rows: int, transposed: bool, hidden_size: int) -> None:
+    """As near to the exact product as twice that of float32 operands, sums of many terms included."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(n_rows, hidden_size, generator=generator).bfloat16()
+    weight = torch.rand(5000, hidden_size, generator=generator).bfloat16()
+    weight = weight.t().contiguous().t() if transposed else weight
+    bias = torch.randn(5000, generator=generator).bfloat16()
+    logits = matmul.padded_empty(n_rows, 5000, torch.float32, torch.device("cpu"))
+    matmul.MklProducts(weight, bias).logits(hidden, logits)
+    exact = hidden.double() @ weight.double().t() + bias.double()
+    in_float32 = (torch.mm(hidden.float(), weight.float().t()) + bias.float() - exact).abs().max()
+    assert (logits - exact).abs().max() <= 2 * in_float32 + torch.finfo(torch.float32).eps * exact.abs().max()
+
+
+@needs_mkl
+def test_the_gradient_is_rounded_in_its_own_memory() -> None:
+    grads = matmul.padded_empty(700, 5000, torch.float32, torch.device("cpu")).normal_()
+    expected = grads.bfloat16()
+    operand = matmul.MklProducts(torch.empty(5000, 8, dtype=torch.bfloat16), None).operand(grads)
+    assert torch.equal(operand, expected)
+    assert operand.data_ptr() == grads.data_ptr()
+    assert mkl.takes(operand)
+
+
+@pytest.mark.parametrize("error", [OSError, AttributeError])
+def test_without_mkl_nothing_is_asked_of_it(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build of PyTorch without MKL, or with its library elsewhere."""
+
+    def library(path: str) -> None:
+        raise error(path)
+
+    mkl._gemm.cache_clear()
+    monkeypatch.setattr(mkl.ctypes, "CDLL", library)
+    try:
+        assert not mkl.has_bfloat16()
+    finally:
+        mkl._gemm.cache_clear()
 
 
 def test_an_infinite_upstream_gradient_is_no_number(tensor_cores: None) -> None:
@@ -72,9 +132,23 @@ def test_rows_begin_at_boundaries() -> None:
         assert rows.stride(0) - 50257 < 128
 
 
-def test_who_multiplies() -> None:
-    weight = torch.empty(4, 4, dtype=torch.bfloat16)
-    assert isinstance(matmul.products(weight, None, torch.bfloat16, 1000), matmul.TiledProducts)
+@pytest.mark.parametrize("has_units", [True, False])
+def test_who_multiplies(has_units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MKL where this CPU has matrix units for bfloat16, no gradient is float32, and the weight's rows are whole."""
+    monkeypatch.setattr(mkl, "has_bfloat16", lambda: has_units)
+    weight = torch.empty(6, 4, dtype=torch.bfloat16)
+    by_mkl = matmul.MklProducts if has_units else matmul.TiledProducts
+    for one, compute_dtype, expected in (
+        (weight, torch.bfloat16, by_mkl),
+        (weight.t(), torch.bfloat16, by_mkl),
+        (weight[:, :3], torch.bfloat16, by_mkl),
+        (weight[:, ::2], torch.bfloat16, matmul.TiledProducts),
+        (weight.float(), torch.bfloat16, matmul.TiledProducts),
+        (weight.float(), torch.float32, matmul.TiledProducts),
+        (weight.half(), torch.float16, matmul.TiledProducts),
+        (weight.double(), torch.float64, matmul.TiledProducts),
+    ):
+        assert type(matmul.products(one, None, compute_dtype, 1000)) is expected
     assert matmul.products(weight.float(), None, torch.float32, 1000).bytes_besides(4) == 0
 
 
@@ -82,8 +156,7 @@ def test_tiles_of_a_weight_that_is_converted_fit_their_memory() -> None:
     """The float32 copy of a tile, on its way through bfloat16, counts as memory of the chunk."""
     weight = torch.empty(4000, 4096, dtype=torch.bfloat16)
     for max_bytes in (1, 10**6, 20 * 2**20, 2**30):
-        chosen = matmul.products(weight, None, torch.bfloat16, max_bytes)
-        assert isinstance(chosen, matmul.TiledProducts)
+        chosen = matmul.TiledProducts(weight, None, torch.bfloat16, max_bytes)
         assert 1 <= chosen.tile <= 2048
         assert chosen.bytes_besides(len(weight)) == 6 * 4096 * chosen.tile
         assert chosen.bytes_besides(len(weight)) <= max(max_bytes, 6 * 4096)

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from conftest import EMULATED, INTERPRETED
 from mixce_kernels import MixCEStats, fused_linear_mixce_loss, linear_mixce_loss_reference
-from mixce_kernels.linear.matmul import TiledProducts
+from mixce_kernels.linear import chunks
+from mixce_kernels.linear.matmul import Products, products
 from support.cases import BFLOAT16
 from support.linear_cases import LINEAR, LinearCase, LinearInputs, build_linear, check_linear
 from support.numerics import to_numpy
@@ -219,17 +220,18 @@ def backward_twice(group: dist.ProcessGroup, backend: str) -> None:
 def backward_computes_the_chunks_of_forward(group: dist.ProcessGroup, backend: str) -> None:
     """With other chunks a BLAS rounds otherwise: probabilities would be of other logits than the sums."""
     rows: list[int] = []
-    products_logits = TiledProducts.logits
 
-    def logits(self: TiledProducts, hidden: Tensor, out: Tensor) -> None:
-        rows.append(len(hidden))
-        products_logits(self, hidden, out)
+    def counted(*args: Any) -> Products:
+        made = products(*args)
+        logits = made.logits
+        made.logits = lambda hidden, out: (rows.append(len(hidden)), logits(hidden, out))
+        return made
 
     for changes in ({}, {"vocab_size": None}):
         for dtype in (torch.float32, BFLOAT16):
             _, own, targets, keywords = small_call(group, "uneven", dtype)
             keywords.update(changes, reduction="none", max_chunk_bytes=500, backend=backend)
-            with mock.patch.object(TiledProducts, "logits", logits):
+            with mock.patch.object(chunks, "products", counted):
                 loss = fused_linear_mixce_loss(*own[:2], targets.abs() % 50, **keywords)
                 forward = rows.copy()
                 rows.clear()
