@@ -38,13 +38,12 @@ def row_params(
     grad_logits: Tensor | None,  # [..., V]
 ) -> tuple[_C.RowParams, Tensor | None]:
     """The rows of a call, see csrc/params.h, and a tensor that they point to: keep it until they have been launched."""
-    rows = reachable_layout(logits)
     shape = _row_params_of_shape(
-        rows,
-        rows if grad_logits is None or grad_logits is logits else reachable_layout(grad_logits),
-        logits.shape[-1],
-        DTYPES[logits.dtype],
-        targets is not None and targets.dtype is torch.int64,
+        logits.shape,
+        logits.stride(),
+        None if grad_logits is None or grad_logits is logits else grad_logits.stride(),
+        logits.dtype,
+        None if targets is None else targets.dtype,
         options,
     )
     grad_loss, grad_loss_stride = (None, 0) if grad_loss is None else entries(grad_loss)
@@ -207,14 +206,11 @@ def _forward_call_of_shape(
 ) -> _C.ForwardCall:
     """What a forward has of its sizes and options, kept for later calls."""
     upstream_stride, eta_stride, weights_stride = entry_strides
-    rows = _reachable_rows(shape, strides)
-    grad_rows = rows if grad_strides is None else _reachable_rows(shape, grad_strides)
-    targets_int64 = targets_dtype is torch.int64
     reduction = _C.reduction_params(
         losses=0,
-        number=rows.number,
+        number=math.prod(shape[:-1]),
         targets=0,
-        targets_int64=targets_int64,
+        targets_int64=targets_dtype is torch.int64,
         dtype=DTYPES[dtype],
         ignore_index=options.ignore_index,
         sums=kind != "none",
@@ -229,7 +225,7 @@ def _forward_call_of_shape(
         token_scale=0,
     )
     return _C.forward_call_of_shape(
-        rows=_row_params_of_shape(rows, grad_rows, shape[-1], DTYPES[dtype], targets_int64, options),
+        rows=_row_params_of_shape(shape, strides, grad_strides, dtype, targets_dtype, options),
         upstream_stride=upstream_stride,
         eta_stride=eta_stride,
         reduction=reduction,
@@ -243,14 +239,21 @@ def _reachable_rows(shape: torch.Size, strides: tuple[int, ...]) -> RowLayout:
 
 @functools.lru_cache(maxsize=1024)
 def _row_params_of_shape(
-    rows: RowLayout, grad_rows: RowLayout, vocab_size: int, dtype: int, targets_int64: bool, options: TokenOptions
+    shape: torch.Size,
+    strides: tuple[int, ...],
+    grad_strides: tuple[int, ...] | None,  # None: as the logits'
+    dtype: torch.dtype,
+    targets_dtype: torch.dtype | None,
+    options: TokenOptions,
 ) -> _C.RowParams:
     """What the rows of a call have of its sizes and options, kept for later calls."""
+    rows = _reachable_rows(shape, strides)
+    grad_rows = rows if grad_strides is None else _reachable_rows(shape, grad_strides)
     return _C.row_params_of_shape(
         logits_rows=_C.row_layout(**rows._asdict()),
         grad_rows=_C.row_layout(**grad_rows._asdict()),
-        vocab_size=vocab_size,
-        dtype=dtype,
-        targets_int64=targets_int64,
+        vocab_size=shape[-1],
+        dtype=DTYPES[dtype],
+        targets_int64=targets_dtype is torch.int64,
         options=_C.token_options(**options._asdict()),
     )

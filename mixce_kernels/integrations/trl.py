@@ -53,7 +53,7 @@ class MixCESFTConfig(SFTConfig):  # type: ignore[misc]  # TRL's types are not fo
     )
     max_chunk_bytes: int | None = field(
         default=None,
-        metadata={"help": "Memory for the logits of a chunk of tokens. Unset: 44 MiB or more on a CPU, 1 GiB on a GPU."},
+        metadata={"help": "Memory for the logits of a chunk. Unset: 44 MiB or more on a CPU, 1 GiB on a GPU."},
     )
     backend: str | None = field(
         default=None,

@@ -13,53 +13,43 @@ from mixce_kernels.logits import ops
 from mixce_kernels.logits.ops import Forward, ForwardWithGrad, LogitsGrad, LogitsGradInplace, ScaleRows
 from mixce_kernels.logits.overwriting import Overwrite
 from mixce_kernels.operators import Differentiable, given, is_plain, without_none
-from mixce_kernels.reduction import NO_REDUCTION
 
 Grads = dict[str, Tensor | None]
 
 
 def _forward_context(ctx: Any, args: Forward, output: tuple[Tensor | None, ...]) -> None:
-    _, token_scale, state, *_ = output
     ctx.overwrite = Overwrite.of(args.inplace_backward)
-    _keep(ctx, args, output, state, token_scale)
+    _keep(ctx, args, output)
 
 
-def _keep(ctx: Any, args: Any, output: tuple[Tensor | None, ...], *others: Tensor | None) -> None:
-    """Keeps the arguments but the reduction, and others, for a backward that gets a gradient of the loss alone."""
+def _keep(ctx: Any, args: Forward | ForwardWithGrad, output: tuple[Tensor | None, ...]) -> None:
+    """Keeps what `_kept` needs for a backward that gets a gradient of the loss alone."""
+    _, token_scale, state, *_ = output
     ctx.mark_non_differentiable(*[one for one in output[1:] if one is not None])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(args.logits, args.targets, args.eta, *others)
-    ctx.args = args._replace(logits=None, targets=None, eta=None, reduction=NO_REDUCTION)
+    ctx.save_for_backward(args.logits, args.targets, state, token_scale, args.eta)
+    ctx.constants = args.eta_value, args.options, args.backend
 
 
-def _kept(ctx: Any) -> tuple[Any, Tensor, Tensor | None]:
-    """The arguments, the state and the tokens' factors in the loss."""
-    logits, targets, eta, state, token_scale = ctx.saved_tensors
-    return ctx.args._replace(logits=logits, targets=targets, eta=eta), state, given(token_scale)
+def _kept(ctx: Any, grad_loss: Tensor) -> LogitsGrad:
+    """The gradient's arguments, for the upstream gradient of the loss."""
+    logits, targets, state, token_scale, eta = ctx.saved_tensors
+    return LogitsGrad(logits, targets, state, grad_loss, given(token_scale), eta, *ctx.constants)
 
 
 def _forward_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Grads:
     if grad_loss is None:
         return {}
-    args, state, token_scale = _kept(ctx)
+    args = _kept(ctx, grad_loss)
     if ctx.overwrite.allowed(args.logits) and is_plain(grad_loss) and not torch.is_grad_enabled():
         ops.logits_grad_(
             LogitsGradInplace(
-                args.logits, args.targets, state, materialized(grad_loss), token_scale, args.options, args.backend
+                args.logits, args.targets, args.state, materialized(grad_loss), args.token_scale, args.options,
+                args.backend,
             )
-        )
+        )  # fmt: skip
         return {"logits": args.logits.detach()}
-    return {"logits": _grad(args, state, grad_loss, token_scale)}
-
-
-def _grad(args: Forward | ForwardWithGrad, state: Tensor, grad_loss: Tensor, token_scale: Tensor | None) -> Tensor:
-    """The gradient for the upstream gradient of the loss, from the results of the forward with these arguments."""
-    return logits_grad(
-        LogitsGrad(
-            args.logits, args.targets, state, grad_loss, token_scale, args.eta, args.eta_value, args.options,
-            args.backend,
-        )
-    )  # fmt: skip
+    return {"logits": logits_grad(args)}
 
 
 def _logits_grad_context(ctx: Any, args: LogitsGrad, output: Tensor) -> None:
@@ -88,17 +78,17 @@ def _logits_grad_backward(ctx: Any, grad_output: Tensor) -> Grads:
 
 
 def _with_grad_context(ctx: Any, args: ForwardWithGrad, output: tuple[Tensor | None, ...]) -> None:
-    _, token_scale, state, *_, ctx.grad_logits = output
-    _keep(ctx, args, output, state, token_scale)
+    *_, ctx.grad_logits = output
+    _keep(ctx, args, output)
 
 
 def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Grads:
     if grad_loss is None:
         return {}
-    args, state, token_scale = _kept(ctx)
+    args = _kept(ctx, grad_loss)
     if ctx.grad_logits is None or torch.is_grad_enabled():
         # The gradient of forward is spent, or a graph of it is asked for: compute it anew.
-        return {"logits": _grad(args, state, grad_loss, token_scale)}
+        return {"logits": logits_grad(args)}
     grad_logits, ctx.grad_logits = ctx.grad_logits, None
     ignore_index = args.options.ignore_index
     if not is_plain(grad_logits) or not is_plain(grad_loss):
