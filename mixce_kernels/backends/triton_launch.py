@@ -27,9 +27,9 @@ _MAX_HELD = 24
 _MAX_HELD_SPARING = 20
 # And AMD's, of those, in float64.
 _MAX_HELD_FLOAT64_GFX = 16
-# A softcap, statistics or label smoothing need registers of their own, and their code is too much for Triton's pass
-# "plan CTA", which gives up after 10000 steps: no clusters.
-_MAX_HELD_WITH_OPTIONS = 4
+# And with a softcap, statistics or label smoothing, which need registers of their own. Smaller blocks need fewer.
+_MAX_HELD_WITH_OPTIONS = 16
+_BLOCK_WITH_OPTIONS = 16
 # Two programs for a multiprocessor with few rows; more of them would only repeat the reading of a row's terms.
 _TILE_PROGRAMS = 256
 # Registers per thread: the hardware's maximum. With this limit ptxas does not spill to raise occupancy.
@@ -138,6 +138,7 @@ def row_config(
     vector = VECTOR_BYTES // itemsize
     num_warps = _warps(vocab_size, vector, warp_size)
     n_ctas, held = 1, False
+    stack = _STACK[itemsize]
     if with_grad:
         max_ctas = MAX_CTAS if arch >= 90 else 1
         sparing = arch >= 100 or itemsize == 8 or warp_size == 64
@@ -145,20 +146,22 @@ def row_config(
         if itemsize == 8 and warp_size == 64:
             max_held = _MAX_HELD_FLOAT64_GFX
         if with_stats or with_options:
-            max_ctas, max_held = 1, _MAX_HELD_WITH_OPTIONS
+            max_held = _MAX_HELD_WITH_OPTIONS
         shapes = [(num_warps, 1), (_WARPS, 1)]
         shapes += [(_WARPS, ctas) for ctas in (2, 4, 8) if ctas <= max_ctas] + [(_WIDE_WARPS, max_ctas)]
         for warps, ctas in shapes:
             n_steps = _steps(vocab_size, ctas * warps * warp_size * vector, vector)
             if n_steps <= (min(max_held, _MAX_HELD_SPARING) if ctas > 2 else max_held):
                 num_warps, n_ctas, held = warps, ctas, True
+                if with_stats or with_options:
+                    stack = min(stack, _BLOCK_WITH_OPTIONS // vector)
                 break
     lanes = num_warps * warp_size
     step = n_ctas * lanes * vector
     n_steps = _steps(vocab_size, step, vector)
     rest = _rest(vocab_size, n_steps * step, n_ctas * lanes)
     max_registers = _MAX_REGISTERS if (with_stats or with_options or held) and warp_size == 32 else None
-    return RowConfig(_STACK[itemsize], lanes, vector, num_warps, n_ctas, n_steps, rest, held, max_registers)
+    return RowConfig(stack, lanes, vector, num_warps, n_ctas, n_steps, rest, held, max_registers)
 
 
 def tile_config(

@@ -8,9 +8,9 @@ import triton.language as tl
 from mixce_kernels.triton_kernels.epilogue import column_of, eta_of, finish_ignored_row, finish_rows, upstream_of
 from mixce_kernels.triton_kernels.jit import bound, kernel
 from mixce_kernels.triton_kernels.mixce_math import grad_terms, transform_of
-from mixce_kernels.triton_kernels.row_grad import converted_anew, fill_zeros, grad_of, row_grad
+from mixce_kernels.triton_kernels.row_grad import fill_zeros, grad_held, grad_of, row_grad
 from mixce_kernels.triton_kernels.row_layout import head_of, held_tiles, rest_of, row_offset, tile_index
-from mixce_kernels.triton_kernels.row_stats import add_body, add_rest, empty_lanes, exchange, merge_lanes
+from mixce_kernels.triton_kernels.row_stats import add_body, add_held, add_rest, empty_lanes, exchange, merge_lanes
 
 
 @triton.jit
@@ -122,13 +122,17 @@ def forward_kernel(
             lanes = add_body(lanes, x, columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
     else:
         N_BLOCKS: tl.constexpr = HELD // STACK
-        tiles = held_tiles(logits_ptr, head, HELD, (CTAS, STACK, LANES, VECTOR))
-        for i in tl.static_range(N_BLOCKS):
-            columns = head + i * BLOCK + in_block
-            lanes = add_body(lanes, tiles[i], columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
-        for i in tl.static_range(N_BLOCKS, N_BLOCKS + HELD % STACK):
-            columns = head + N_BLOCKS * BLOCK + (i - N_BLOCKS) * STEP + in_step
-            lanes = add_body(lanes, tiles[i], columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
+        body_ptr = tl.multiple_of(logits_ptr + head, 16)
+        blocks = held_tiles(body_ptr, N_BLOCKS, (CTAS, STACK, LANES, VECTOR))
+        steps = held_tiles(body_ptr + N_BLOCKS * BLOCK, HELD % STACK, (CTAS, 1, LANES, VECTOR))
+        n_blocks = n_steps // STACK
+        lanes, blocks = add_held(
+            lanes, blocks, n_blocks, head, in_block, target_column, x_target, transform, SMOOTH, CAP, STATS, PTX
+        )
+        lanes, steps = add_held(
+            lanes, steps, n_steps % STACK, head + N_BLOCKS * BLOCK, in_step, target_column, x_target, transform,
+            SMOOTH, CAP, STATS, PTX,
+        )  # fmt: skip
     lanes = add_rest(lanes, x_rest, rest, in_rest, target_column, x_target, transform, SMOOTH, CAP, STATS)
     lanes = merge_lanes(lanes, transform[0], SMOOTH, STATS)
     if CTAS > 1:
@@ -155,14 +159,12 @@ def forward_kernel(
         else:
             terms = per_lane(terms, LANES)
             body_ptr = tl.multiple_of(grad_ptr + head, 16)
-            for i in tl.static_range(N_BLOCKS):
-                x = converted_anew(tiles[i], PTX)
-                grad = grad_of(x, head + i * BLOCK, BLOCK, in_block, target_column, terms, transform, CAP)
-                tl.store(body_ptr + i * BLOCK + in_block, grad.to(dtype), cache_modifier=".cs")
-            for i in tl.static_range(N_BLOCKS, N_BLOCKS + HELD % STACK):
-                begin = N_BLOCKS * BLOCK + (i - N_BLOCKS) * STEP
-                x = converted_anew(tiles[i], PTX)
-                grad = grad_of(x, head + begin, STEP, in_step, target_column, terms, transform, CAP)
-                tl.store(body_ptr + begin + in_step, grad.to(dtype), cache_modifier=".cs")
+            grad_held(
+                body_ptr, blocks, n_blocks, head, in_block, target_column, terms, transform, CAP, CAP or SMOOTH or STATS, PTX
+            )
+            grad_held(
+                body_ptr + N_BLOCKS * BLOCK, steps, n_steps % STACK, head + N_BLOCKS * BLOCK, in_step, target_column,
+                terms, transform, CAP, CAP or SMOOTH or STATS, PTX,
+            )  # fmt: skip
             grad = grad_of(x_rest, 0, vocab_size, rest, target_column, terms, transform, CAP)
             tl.store(grad_ptr + rest, grad.to(dtype), mask=in_rest)

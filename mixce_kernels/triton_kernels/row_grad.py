@@ -5,7 +5,7 @@ import triton.language as tl
 
 from mixce_kernels.triton_kernels.jit import bound
 from mixce_kernels.triton_kernels.mixce_math import capped
-from mixce_kernels.triton_kernels.row_layout import head_of, rest_of, tile_index
+from mixce_kernels.triton_kernels.row_layout import head_of, rest_of, rotated, tile_index
 
 
 @triton.jit
@@ -30,6 +30,36 @@ def converted_anew(x, PTX: tl.constexpr):
     if PTX and x.dtype.primitive_bitwidth == 16:
         x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
     return x
+
+
+@triton.jit
+def grad_held(
+    grad_ptr,  # at the first tile's first gradient
+    tiles,
+    n_tiles,
+    column,
+    offsets,
+    target_column,
+    terms,
+    transform,
+    CAP: tl.constexpr,
+    ROTATED: tl.constexpr,
+    PTX: tl.constexpr,
+):
+    """Pass 2 for tiles in registers, from `column` on."""
+    dtype: tl.constexpr = grad_ptr.dtype.element_ty
+    SIZE: tl.constexpr = offsets.numel
+    if ROTATED:
+        if len(tiles) > 0:
+            for i in range(bound(n_tiles)):
+                grad = grad_of(tiles[0], column + i * SIZE, SIZE, offsets, target_column, terms, transform, CAP)
+                tl.store(grad_ptr + i * SIZE + offsets, grad.to(dtype), cache_modifier=".cs")
+                tiles = rotated(tiles, PTX)
+    else:
+        for i in tl.static_range(len(tiles)):
+            x = converted_anew(tiles[i], PTX)
+            grad = grad_of(x, column + i * SIZE, SIZE, offsets, target_column, terms, transform, CAP)
+            tl.store(grad_ptr + i * SIZE + offsets, grad.to(dtype), cache_modifier=".cs")
 
 
 @triton.jit

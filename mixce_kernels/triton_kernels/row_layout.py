@@ -41,15 +41,35 @@ def rest_of(head, body_size, end, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def held_tiles(row_ptr, head, HELD: tl.constexpr, SHAPE: tl.constexpr):
-    """HELD steps of a row's body in registers: tiles of a block each, then of a step each."""
-    body_ptr = tl.multiple_of(row_ptr + head, 16)
-    STEP: tl.constexpr = SHAPE[0] * SHAPE[2] * SHAPE[3]
+def held_tiles(ptr, N: tl.constexpr, SHAPE: tl.constexpr):
+    """N tiles, one after another in memory, in registers."""
     tiles = ()
-    for i in tl.static_range(HELD // SHAPE[1]):
-        block = tl.load(body_ptr + i * SHAPE[1] * STEP + tile_index(SHAPE))
-        tiles = tiles + (block,)  # type: ignore[assignment]  # noqa: RUF005
-    for i in tl.static_range(HELD // SHAPE[1] * SHAPE[1], HELD):
-        step = tl.load(body_ptr + i * STEP + tile_index((SHAPE[0], 1, SHAPE[2], SHAPE[3])))
-        tiles = tiles + (step,)  # type: ignore[assignment]  # noqa: RUF005
+    for i in tl.static_range(N):
+        tile = tl.load(ptr + i * (SHAPE[0] * SHAPE[1] * SHAPE[2] * SHAPE[3]) + tile_index(SHAPE))
+        tiles = tiles + (tile,)  # type: ignore[assignment]  # noqa: RUF005
     return tiles
+
+
+@triton.jit
+def rotated(tiles, PTX: tl.constexpr):
+    """The tiles with the first one behind the others.
+
+    Triton before 3.8 cannot plan clusters where a loop hands a tensor on as it is: inline PTX makes another of it.
+    """
+    result = ()
+    for i in tl.static_range(len(tiles)):
+        result = result + (moved(tiles[(i + 1) % len(tiles)], PTX),)  # type: ignore[assignment]  # noqa: RUF005
+    return result
+
+
+@triton.jit
+def moved(x, PTX: tl.constexpr):
+    """The same numbers in other registers."""
+    if PTX:
+        if x.dtype.primitive_bitwidth == 16:
+            x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+        elif x.dtype.primitive_bitwidth == 32:
+            x = tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], dtype=x.dtype, is_pure=True, pack=1)
+        else:
+            x = tl.inline_asm_elementwise("mov.f64 $0, $1;", "=d,d", [x], dtype=x.dtype, is_pure=True, pack=1)
+    return x

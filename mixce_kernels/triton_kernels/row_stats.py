@@ -14,7 +14,9 @@ Each thread is a lane with statistics of its own, which are merged at the row's 
 import triton
 import triton.language as tl
 
+from mixce_kernels.triton_kernels.jit import bound
 from mixce_kernels.triton_kernels.mixce_math import capped, finite, raise_maximum
+from mixce_kernels.triton_kernels.row_layout import rotated
 
 # Statistics that a program of a cluster leaves for the others.
 PARTIALS = tl.constexpr(6)
@@ -60,7 +62,7 @@ def tile_lanes(
     if SMOOTH:
         if valid is None:
             sum_shifted = lane_sum(d)
-            count = tl.zeros_like(m) + x.shape[1] * x.shape[3]
+            count = lane_sum(tl.full(x.shape, 1.0, m.dtype))
         else:
             sum_shifted = lane_sum(tl.where(valid, d, 0.0))
             count = lane_sum(valid.to(m.dtype))
@@ -99,6 +101,25 @@ def add_body(
     m = tl.maximum(lanes[0], tile_max(z))
     tile = tile_lanes(x, z, m, columns, None, target_column, x_target, transform[0], SMOOTH, STATS)
     return sum_of_lanes(raise_maximum(lanes, m, transform[0], SMOOTH, STATS), tile, SMOOTH, STATS)
+
+
+@triton.jit
+def add_held(
+    lanes, tiles, n_tiles, column, offsets, target_column, x_target, transform,
+    SMOOTH: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr, PTX: tl.constexpr,
+):  # fmt: skip
+    """Pass 1 over tiles in registers, from `column` on; returns them for pass 2, too."""
+    if SMOOTH or CAP or STATS:
+        if len(tiles) > 0:
+            for i in range(bound(n_tiles)):
+                columns = column + i * offsets.numel + offsets
+                lanes = add_body(lanes, tiles[0], columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
+                tiles = rotated(tiles, PTX)
+    else:
+        for i in tl.static_range(len(tiles)):
+            columns = column + i * offsets.numel + offsets
+            lanes = add_body(lanes, tiles[i], columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
+    return lanes, tiles
 
 
 @triton.jit

@@ -67,6 +67,7 @@ def variants(name: str) -> list[tuple[str, Variant]]:
     heavy: list[dict[str, Any]] = [
         {"kernel": "forward", "options": OPTIONS},
         {"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": 0},
+        {"kernel": "forward", "options": OPTIONS, "vocab_size": 0},
         {"kernel": "logits_grad", "options": ("CAP",)},
     ]
     light: list[dict[str, Any]] = [
@@ -74,7 +75,7 @@ def variants(name: str) -> list[tuple[str, Variant]]:
         *({"kernel": "forward", "options": (option,)} for option in OPTIONS if option != "HAS_GRAD"),
         # Rows that one program holds, as many vectors as it may, or a cluster of any size, or none.
         *({"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": size} for size in HELD_SIZES),
-        {"kernel": "forward", "options": OPTIONS, "vocab_size": 8000},
+        *({"kernel": "forward", "options": OPTIONS, "vocab_size": size} for size in HELD_SIZES),
         {"kernel": "logits_grad"},
         {"kernel": "logits_grad", "same_window": False},
         {"kernel": "scale_rows"},
