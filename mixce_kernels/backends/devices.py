@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 
 import torch
@@ -57,7 +58,12 @@ def multiprocessors(tensor: Tensor) -> int:
     """Multiprocessors of the tensor's GPU."""
     if not tensor.is_cuda:
         return EMULATED_MULTIPROCESSORS
-    return int(torch.cuda.get_device_properties(tensor.device).multi_processor_count)
+    return _multiprocessors(tensor.device.index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def triton_arch() -> int:

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from mixce_kernels.backends import triton_shards
-from mixce_kernels.backends.devices import on_device, triton_arch, unsuited_to_triton
+from mixce_kernels.backends.devices import multiprocessors, on_device, triton_arch, unsuited_to_triton
 from mixce_kernels.backends.layout import RowLayout, aligned_alike, entries, reachable_layout
 from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.triton_arguments import (
@@ -66,7 +66,7 @@ def _forward_rows(
     eta_entries, eta_stride = (losses, 0) if eta is None else entries(eta)
     token_scale, token_scale_stride = (None, 0) if token_scale is None else entries(token_scale)
     with on_device(logits):
-        launch, partials = forward_launch(
+        launch = forward_launch(
             rows,
             grad_rows if has_grad else None,
             logits.shape[-1],
@@ -75,6 +75,7 @@ def _forward_rows(
             with_stats=stats is not None,
             same_window=same_window,
             arch=triton_arch() if has_grad else 0,
+            multiprocessors=multiprocessors(logits),
         )
         launch(
             logits_ptr=logits,
@@ -86,12 +87,15 @@ def _forward_rows(
             correct_ptr=losses if results.correct is None else results.correct,
             token_scale_ptr=token_scale,
             grad_ptr=grad_logits,
-            partial_ptr=losses.new_empty(partials) if partials > 0 else losses,
+            partial_ptr=losses.new_empty(launch.n_partials) if launch.n_partials > 0 else losses,
             eta_stride=eta_stride,
             token_scale_stride=token_scale_stride,
             eta_value=eta_value,
             HAS_ETA=eta is not None,
         )
+    if launch.grad_apart:
+        assert results.state is not None
+        logits_grad(logits, targets, results.state, None, token_scale, options, grad_logits)
 
 
 def reduce(

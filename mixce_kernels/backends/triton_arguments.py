@@ -6,14 +6,22 @@ import functools
 import importlib
 import inspect
 import math
+from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from mixce_kernels.backends.devices import WARP_SIZE
 from mixce_kernels.backends.layout import RowLayout
-from mixce_kernels.backends.triton_launch import reduction_config, row_config, tile_config
+from mixce_kernels.backends.triton_launch import (
+    TileConfig,
+    merge_config,
+    reduction_config,
+    row_config,
+    split_config,
+    tile_config,
+)
 from mixce_kernels.options import TokenOptions
 
 # Columns are counted in 31 bits, a block of them past a row's end included.
@@ -74,6 +82,11 @@ class Launch:
         self._places = {name: i for i, name in enumerate(names) if name not in arguments}
         self._options = {name: value for name, value in arguments.items() if name not in names}
 
+    @property
+    def names(self) -> Iterable[str]:
+        """The names of the other arguments."""
+        return self._places
+
     def __call__(self, **arguments: Any) -> None:
         """Launches the kernel with the other arguments.
 
@@ -89,6 +102,19 @@ class Launch:
         self._launcher(*values, **self._options)
 
 
+class ForwardLaunch(NamedTuple):
+    """The kernels of a forward, the numbers they need of `partial_ptr`, and whether its gradient is another launch."""
+
+    launches: tuple[Launch, ...]
+    n_partials: int = 0
+    grad_apart: bool = False
+
+    def __call__(self, **arguments: Any) -> None:
+        """Launches each kernel with those of the arguments that it takes."""
+        for launch in self.launches:
+            launch(**{name: arguments[name] for name in launch.names})
+
+
 @functools.lru_cache(maxsize=_KEPT)
 def forward_launch(
     rows: RowLayout,
@@ -100,8 +126,9 @@ def forward_launch(
     with_stats: bool,
     same_window: bool,
     arch: int,
-) -> tuple[Launch, int]:
-    """A launch of `forward_kernel`, and the numbers that its clusters need of `partial_ptr`.
+    multiprocessors: int,
+) -> ForwardLaunch:
+    """A launch of `forward_kernel`, or of the kernels that split its rows where they are few and need not be held.
 
     `grad_rows` are those of the gradient, None without one; `same_window` says whether they lie as the logits' rows do
     to a 16-byte boundary. `arch` is that of `row_config`.
@@ -111,10 +138,32 @@ def forward_launch(
     may_hold = with_grad and same_window
     config = row_config(vocab_size, itemsize, may_hold, with_stats, with_options, WARP_SIZE, arch)
     arguments |= {"n_rows": rows.number, "vocab_size": vocab_size, "ignore_index": options.ignore_index}
+    arguments |= _layout(rows)
+    n_partials = rows.number * kernels("row_stats").PARTIALS.value
+    split = split_config(rows.number, vocab_size, itemsize, multiprocessors, with_stats, with_options, WARP_SIZE)
+    if split is not None and not config.held:
+        return ForwardLaunch(_split_launches(rows.number, arguments, split), n_partials * split.n_tiles, with_grad)
     arguments |= {"HAS_GRAD": with_grad, "SAME_WINDOW": same_window, "PTX": may_hold and arch > 0}
-    arguments |= _layout(rows) | _layout(grad_rows or rows, "grad_") | config.arguments()
-    partials = rows.number * kernels("row_stats").PARTIALS.value * config.n_ctas if config.n_ctas > 1 else 0
-    return Launch(kernels("forward").forward_kernel, (rows.number,), arguments), partials
+    arguments |= _layout(grad_rows or rows, "grad_") | config.arguments()
+    launch = Launch(kernels("forward").forward_kernel, (rows.number,), arguments)
+    return ForwardLaunch((launch,), n_partials * config.n_ctas if config.n_ctas > 1 else 0)
+
+
+def _split_launches(n_rows: int, arguments: dict[str, Any], config: TileConfig) -> tuple[Launch, Launch]:
+    """The kernel of the tiles' statistics, and the one that merges them."""
+    split_forward = kernels("split_forward")
+    tiles = arguments | config.arguments() | {"STACK": config.stack}
+    merge = arguments | merge_config(config.n_tiles, WARP_SIZE).arguments()
+    return (
+        _launch_of(split_forward.partial_stats_kernel, n_rows * config.n_tiles, tiles),
+        _launch_of(split_forward.merge_kernel, n_rows, merge),
+    )
+
+
+def _launch_of(kernel: Any, n_programs: int, arguments: dict[str, Any]) -> Launch:
+    """A launch with those of the arguments that the kernel or its launch takes."""
+    names = {*inspect.signature(kernel.fn).parameters, "num_warps", "maxnreg"}
+    return Launch(kernel, (n_programs,), {name: value for name, value in arguments.items() if name in names})
 
 
 @functools.lru_cache(maxsize=_KEPT)

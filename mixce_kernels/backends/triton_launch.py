@@ -5,7 +5,7 @@ Arguments have the names of the kernels' parameters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # The widest access there is: the fewest instructions a byte.
@@ -30,6 +30,8 @@ _MAX_HELD_FLOAT64_GFX = 16
 # And with a softcap, statistics or label smoothing, which need registers of their own. Smaller blocks need fewer.
 _MAX_HELD_WITH_OPTIONS = 16
 _BLOCK_WITH_OPTIONS = 16
+# In float64 they are also too much code for Triton's pass "plan CTA", which gives up after 10000 steps: no clusters.
+_MAX_HELD_WITH_OPTIONS_FLOAT64 = 4
 # Two programs for a multiprocessor with few rows; more of them would only repeat the reading of a row's terms.
 _TILE_PROGRAMS = 256
 # Registers per thread: the hardware's maximum. With this limit ptxas does not spill to raise occupancy.
@@ -103,6 +105,18 @@ class TileConfig:
 
 
 @dataclass(frozen=True)
+class MergeConfig:
+    """A warp for each row, which takes all of its `n_tiles` at once."""
+
+    n_tiles: int
+    tiles: int  # a power of two
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `merge_kernel` and of its launch."""
+        return {"n_tiles": self.n_tiles, "TILES": self.tiles, "num_warps": 1}
+
+
+@dataclass(frozen=True)
 class ReductionConfig:
     """One program, which takes `block` tokens at once."""
 
@@ -147,6 +161,8 @@ def row_config(
             max_held = _MAX_HELD_FLOAT64_GFX
         if with_stats or with_options:
             max_held = _MAX_HELD_WITH_OPTIONS
+            if itemsize == 8:
+                max_ctas, max_held = 1, _MAX_HELD_WITH_OPTIONS_FLOAT64
         shapes = [(num_warps, 1), (_WARPS, 1)]
         shapes += [(_WARPS, ctas) for ctas in (2, 4, 8) if ctas <= max_ctas] + [(_WIDE_WARPS, max_ctas)]
         for warps, ctas in shapes:
@@ -162,6 +178,42 @@ def row_config(
     rest = _rest(vocab_size, n_steps * step, n_ctas * lanes)
     max_registers = _MAX_REGISTERS if (with_stats or with_options or held) and warp_size == 32 else None
     return RowConfig(stack, lanes, vector, num_warps, n_ctas, n_steps, rest, held, max_registers)
+
+
+def split_config(
+    n_rows: int,
+    vocab_size: int,
+    itemsize: int,
+    multiprocessors: int,
+    with_stats: bool = False,
+    with_options: bool = False,
+    warp_size: int = 32,
+) -> TileConfig | None:
+    """The launch of a forward of rows fewer than the multiprocessors, in tiles; None for one program a row.
+
+    Tiles of as many blocks as leave the busiest of two programs a multiprocessor the least. A row too short for a
+    program of all warps is not worth a second launch.
+    """
+    config = tile_config(1, vocab_size, itemsize, warp_size=warp_size)
+    if not 0 < n_rows < multiprocessors or config.num_warps < _WARPS:
+        return None
+    n_blocks = -(-config.n_steps // config.stack)
+    at_once = 2 * multiprocessors
+
+    def busiest(blocks: int) -> int:
+        return -(-n_rows * -(-n_blocks // blocks) // at_once) * blocks
+
+    blocks = min((-(-n_blocks // n_tiles) for n_tiles in range(1, at_once + 1)), key=busiest)
+    n_tiles = -(-n_blocks // blocks)
+    if n_tiles <= 1:
+        return None
+    max_registers = _MAX_REGISTERS if (with_stats or with_options) and warp_size == 32 else None
+    return replace(config, n_tiles=n_tiles, tile_steps=blocks * config.stack, max_registers=max_registers)
+
+
+def merge_config(n_tiles: int, warp_size: int = 32) -> MergeConfig:
+    """The launch of what merges the tiles of a split forward."""
+    return MergeConfig(n_tiles, max(1 << (n_tiles - 1).bit_length(), warp_size))
 
 
 def tile_config(

@@ -37,6 +37,17 @@ def upstream_of(grad_loss_ptr, token_scale_ptr, row, loaded, grad_loss_stride, t
 
 
 @triton.jit
+def results_of(row, loss_ptr, state_ptr, stats_ptr, correct_ptr):
+    """Where a row's results are."""
+    return (
+        loss_ptr + row,
+        state_ptr if state_ptr is None else state_ptr + row,
+        stats_ptr + row,
+        correct_ptr + row,
+    )
+
+
+@triton.jit
 def finish_rows(
     results,  # addresses of loss, state, stats and correct
     n_rows,

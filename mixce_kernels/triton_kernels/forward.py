@@ -5,12 +5,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.epilogue import column_of, eta_of, finish_ignored_row, finish_rows, upstream_of
-from mixce_kernels.triton_kernels.jit import bound, kernel
+from mixce_kernels.triton_kernels.epilogue import (
+    column_of,
+    eta_of,
+    finish_ignored_row,
+    finish_rows,
+    results_of,
+    upstream_of,
+)
+from mixce_kernels.triton_kernels.jit import kernel
 from mixce_kernels.triton_kernels.mixce_math import grad_terms, transform_of
 from mixce_kernels.triton_kernels.row_grad import fill_zeros, grad_held, grad_of, row_grad
 from mixce_kernels.triton_kernels.row_layout import head_of, held_tiles, rest_of, row_offset, tile_index
-from mixce_kernels.triton_kernels.row_stats import add_body, add_held, add_rest, empty_lanes, exchange, merge_lanes
+from mixce_kernels.triton_kernels.row_stats import add_held, add_rest, add_steps, empty_lanes, exchange, merge_lanes
 
 
 @triton.jit
@@ -80,12 +87,7 @@ def forward_kernel(
     STEP: tl.constexpr = CTAS * LANES * VECTOR
     BLOCK: tl.constexpr = STACK * STEP
     row = tl.program_id(0)
-    results = (
-        loss_ptr + row,
-        state_ptr if state_ptr is None else state_ptr + row,
-        stats_ptr + row,
-        correct_ptr + row,
-    )
+    results = results_of(row, loss_ptr, state_ptr, stats_ptr, correct_ptr)
     target = tl.load(targets_ptr + row).to(tl.int64)
     if HAS_GRAD:
         grad_ptr += row_offset(row, grad_inner, grad_outer_stride, grad_inner_stride)
@@ -110,16 +112,10 @@ def forward_kernel(
     in_block = tile_index((CTAS, STACK, LANES, VECTOR))
     in_step = tile_index((CTAS, 1, LANES, VECTOR))
     if HELD is None:
-        body_ptr = tl.multiple_of(logits_ptr + head, 16)
-        n_blocks = n_steps // STACK
-        for block in range(bound(n_blocks)):
-            x = tl.load(body_ptr + block * BLOCK + in_block)
-            columns = head + block * BLOCK + in_block
-            lanes = add_body(lanes, x, columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
-        for step in range(bound(n_blocks * STACK), bound(n_steps)):
-            x = tl.load(body_ptr + step * STEP + in_step)
-            columns = head + step * STEP + in_step
-            lanes = add_body(lanes, x, columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
+        lanes = add_steps(
+            lanes, logits_ptr, head, 0, n_steps, target_column, x_target, transform,
+            SMOOTH, CAP, STATS, (CTAS, STACK, LANES, VECTOR),
+        )  # fmt: skip
     else:
         N_BLOCKS: tl.constexpr = HELD // STACK
         body_ptr = tl.multiple_of(logits_ptr + head, 16)
@@ -159,12 +155,11 @@ def forward_kernel(
         else:
             terms = per_lane(terms, LANES)
             body_ptr = tl.multiple_of(grad_ptr + head, 16)
-            grad_held(
-                body_ptr, blocks, n_blocks, head, in_block, target_column, terms, transform, CAP, CAP or SMOOTH or STATS, PTX
-            )
+            ROTATED: tl.constexpr = CAP or SMOOTH or STATS
+            grad_held(body_ptr, blocks, n_blocks, head, in_block, target_column, terms, transform, CAP, ROTATED, PTX)
             grad_held(
                 body_ptr + N_BLOCKS * BLOCK, steps, n_steps % STACK, head + N_BLOCKS * BLOCK, in_step, target_column,
-                terms, transform, CAP, CAP or SMOOTH or STATS, PTX,
+                terms, transform, CAP, ROTATED, PTX,
             )  # fmt: skip
             grad = grad_of(x_rest, 0, vocab_size, rest, target_column, terms, transform, CAP)
             tl.store(grad_ptr + rest, grad.to(dtype), mask=in_rest)

@@ -46,7 +46,7 @@ def grad_held(
     ROTATED: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    """Pass 2 for tiles in registers, from `column` on."""
+    """Pass 2 for tiles in registers, from `column` on; `ROTATED` tiles are those that pass 1 takes in a loop."""
     dtype: tl.constexpr = grad_ptr.dtype.element_ty
     SIZE: tl.constexpr = offsets.numel
     if ROTATED:

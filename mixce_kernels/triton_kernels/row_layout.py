@@ -54,7 +54,7 @@ def held_tiles(ptr, N: tl.constexpr, SHAPE: tl.constexpr):
 def rotated(tiles, PTX: tl.constexpr):
     """The tiles with the first one behind the others.
 
-    Triton before 3.8 cannot plan clusters where a loop hands a tensor on as it is: inline PTX makes another of it.
+    Triton 3.7 cannot compile the reductions of a cluster where a loop hands on a tensor as it is: PTX moves it.
     """
     result = ()
     for i in tl.static_range(len(tiles)):

@@ -16,9 +16,9 @@ import triton.language as tl
 
 from mixce_kernels.triton_kernels.jit import bound
 from mixce_kernels.triton_kernels.mixce_math import capped, finite, raise_maximum
-from mixce_kernels.triton_kernels.row_layout import rotated
+from mixce_kernels.triton_kernels.row_layout import rotated, tile_index
 
-# Statistics that a program of a cluster leaves for the others.
+# Statistics that a program leaves of its part of a row.
 PARTIALS = tl.constexpr(6)
 
 
@@ -62,6 +62,7 @@ def tile_lanes(
     if SMOOTH:
         if valid is None:
             sum_shifted = lane_sum(d)
+            # A sum, because Triton 3.7 cannot plan clusters where a loop adds a constant tensor.
             count = lane_sum(tl.full(x.shape, 1.0, m.dtype))
         else:
             sum_shifted = lane_sum(tl.where(valid, d, 0.0))
@@ -104,11 +105,47 @@ def add_body(
 
 
 @triton.jit
+def add_steps(
+    lanes,
+    logits_ptr,  # at the row's first logit
+    head,
+    first_step,
+    end_step,
+    target_column,
+    x_target,
+    transform,
+    SMOOTH: tl.constexpr,
+    CAP: tl.constexpr,
+    STATS: tl.constexpr,
+    SHAPE: tl.constexpr,
+):
+    """Pass 1 over some steps of a row in memory, in tiles of SHAPE and then of a step each."""
+    STEP: tl.constexpr = SHAPE[0] * SHAPE[2] * SHAPE[3]
+    in_block = tile_index(SHAPE)
+    in_step = tile_index((SHAPE[0], 1, SHAPE[2], SHAPE[3]))
+    body_ptr = tl.multiple_of(logits_ptr + head, 16)
+    n_blocks = (end_step - first_step) // SHAPE[1]
+    for block in range(bound(n_blocks)):
+        begin = (first_step + block * SHAPE[1]) * STEP
+        x = tl.load(body_ptr + begin + in_block)
+        columns = head + begin + in_block
+        lanes = add_body(lanes, x, columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
+    for step in range(bound(first_step + n_blocks * SHAPE[1]), bound(end_step)):
+        x = tl.load(body_ptr + step * STEP + in_step)
+        columns = head + step * STEP + in_step
+        lanes = add_body(lanes, x, columns, target_column, x_target, transform, SMOOTH, CAP, STATS)
+    return lanes
+
+
+@triton.jit
 def add_held(
     lanes, tiles, n_tiles, column, offsets, target_column, x_target, transform,
     SMOOTH: tl.constexpr, CAP: tl.constexpr, STATS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
-    """Pass 1 over tiles in registers, from `column` on; returns them for pass 2, too."""
+    """Pass 1 over tiles in registers, from `column` on; returns the tiles, too.
+
+    With options a loop rotates them: code for each tile would spill, and be too much for Triton's pass "plan CTA".
+    """
     if SMOOTH or CAP or STATS:
         if len(tiles) > 0:
             for i in range(bound(n_tiles)):
@@ -156,35 +193,46 @@ def merge_lanes(lanes, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
 
 
 @triton.jit
+def store_partials(lanes, ptr, stride, SMOOTH: tl.constexpr, STATS: tl.constexpr):
+    """Leaves statistics at `ptr`, `stride` numbers from one to the next."""
+    m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = lanes
+    tl.store(ptr, m)
+    tl.store(ptr + stride, sum_exp)
+    if SMOOTH:
+        tl.store(ptr + 2 * stride, sum_shifted)
+        tl.store(ptr + 3 * stride, count)
+    if STATS:
+        tl.store(ptr + 4 * stride, sum_exp_shifted)
+        tl.store(ptr + 5 * stride, beaten.to(m.dtype))
+
+
+@triton.jit
+def load_partials(ptr, n, i, SMOOTH: tl.constexpr, STATS: tl.constexpr):
+    """Entries i of n that were left in memory [PARTIALS, n], as lanes; those past the n are of no logits."""
+    valid = i < n
+    m = tl.load(ptr + i, mask=valid, other=float("-inf"), cache_modifier=".cg")
+    sum_exp = tl.load(ptr + n + i, mask=valid, other=0.0, cache_modifier=".cg")
+    sum_shifted, count, sum_exp_shifted, beaten = sum_exp, sum_exp, sum_exp, i
+    if SMOOTH:
+        sum_shifted = tl.load(ptr + 2 * n + i, mask=valid, other=0.0, cache_modifier=".cg")
+        count = tl.load(ptr + 3 * n + i, mask=valid, other=0.0, cache_modifier=".cg")
+    if STATS:
+        sum_exp_shifted = tl.load(ptr + 4 * n + i, mask=valid, other=0.0, cache_modifier=".cg")
+        beaten = tl.load(ptr + 5 * n + i, mask=valid, other=0.0, cache_modifier=".cg").to(tl.int32)
+    return m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten
+
+
+@triton.jit
 def exchange(
     lanes, partial_ptr, row, CTAS: tl.constexpr, LANES: tl.constexpr, SMOOTH: tl.constexpr, STATS: tl.constexpr
 ):
     """Every program's statistics [CTAS, 1] as lanes [CTAS, LANES] of each, through memory [N, PARTIALS, CTAS]."""
     partial_ptr += row * (PARTIALS * CTAS)
-    m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = lanes
-    out = partial_ptr + tl.arange(0, CTAS)[:, None]
-    tl.store(out, m)
-    tl.store(out + CTAS, sum_exp)
-    if SMOOTH:
-        tl.store(out + 2 * CTAS, sum_shifted)
-        tl.store(out + 3 * CTAS, count)
-    if STATS:
-        tl.store(out + 4 * CTAS, sum_exp_shifted)
-        tl.store(out + 5 * CTAS, beaten.to(m.dtype))
+    store_partials(lanes, partial_ptr + tl.arange(0, CTAS)[:, None], CTAS, SMOOTH, STATS)
     # Triton has no barrier of a cluster. Release and acquire order the stores above and the loads below.
     tl.inline_asm_elementwise(
         "barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned; mov.b32 $0, 0;",
         "=r", [], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
     i = tl.zeros((CTAS, LANES), tl.int32) + tl.arange(0, LANES)[None, :]
-    valid = i < CTAS
-    m = tl.load(partial_ptr + i, mask=valid, other=float("-inf"), cache_modifier=".cg")
-    sum_exp = tl.load(partial_ptr + CTAS + i, mask=valid, other=0.0, cache_modifier=".cg")
-    sum_shifted, count, sum_exp_shifted, beaten = sum_exp, sum_exp, sum_exp, i
-    if SMOOTH:
-        sum_shifted = tl.load(partial_ptr + 2 * CTAS + i, mask=valid, other=0.0, cache_modifier=".cg")
-        count = tl.load(partial_ptr + 3 * CTAS + i, mask=valid, other=0.0, cache_modifier=".cg")
-    if STATS:
-        sum_exp_shifted = tl.load(partial_ptr + 4 * CTAS + i, mask=valid, other=0.0, cache_modifier=".cg")
-        beaten = tl.load(partial_ptr + 5 * CTAS + i, mask=valid, other=0.0, cache_modifier=".cg").to(tl.int32)
-    return m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten
+    return load_partials(partial_ptr, CTAS, i, SMOOTH, STATS)

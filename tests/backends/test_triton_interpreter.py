@@ -12,7 +12,9 @@ import sys
 import pytest
 import torch
 
+from support.cases import Case
 from support.paths import TESTS
+from support.split_forward import SPLIT, check_bad_targets_of_split_rows, check_split
 from support.triton_releases import environment_with
 
 pytest.importorskip("triton")
@@ -161,3 +163,14 @@ def test_correct_is_the_first_of_the_largest() -> None:
     # The cap makes all logits alike in float32: the logits themselves are compared.
     _, stats = fused_mixce_loss(logits, targets, return_stats=True, softcap=1e-6, backend="triton")
     assert stats.correct.tolist() == [True, False, False, False]
+
+
+@interpreted
+@pytest.mark.parametrize("case", SPLIT, ids=str)
+def test_split_forward(case: Case) -> None:
+    check_split(case, extra_ulps=EXTRA_ULPS.get(case.dtype, 0))
+
+
+@interpreted
+def test_bad_targets_of_split_rows() -> None:
+    check_bad_targets_of_split_rows()

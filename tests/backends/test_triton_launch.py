@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mixce_kernels.backends.triton_arguments import Launch
-from mixce_kernels.backends.triton_launch import MAX_CTAS, VECTOR_BYTES, row_config, tile_config
+from mixce_kernels.backends.triton_launch import MAX_CTAS, VECTOR_BYTES, row_config, split_config, tile_config
 
 VOCAB_SIZES = (1, 7, 32, 1000, 4096, 4097, 16384, 16385, 32000, 50257, 128256, 256000, 1_000_000)
 
@@ -55,7 +55,12 @@ def test_which_rows_are_read_once() -> None:
     assert shape(128256, 90) == (True, 8, 4)
     assert shape(262144, 90) == (True, 8, 8)
     assert shape(50257, 80) == (True, 1, 8)
-    assert shape(128256, 80) == shape(1_000_000, 90) == shape(50257, 90, True) == (False, 1, 4)
+    assert shape(128256, 80) == shape(1_000_000, 90) == (False, 1, 4)
+    # With options fewer vectors are held, in the same ways.
+    assert shape(50257, 90, True) == shape(50257, 100, True) == (True, 4, 4)
+    assert shape(128256, 90, True) == shape(128256, 100, True) == (True, 8, 4)
+    assert shape(262144, 90, True) == (True, 8, 8)
+    assert shape(50257, 80, True) == (False, 1, 4)
 
 
 @pytest.mark.parametrize("warp_size", [32, 64])
@@ -78,6 +83,35 @@ def test_tiles_cover_the_row_once(n_rows: int, vocab_size: int, itemsize: int, w
 def test_many_rows_take_a_program_each_and_few_are_split() -> None:
     assert tile_config(1 << 16, 50257, 2).n_tiles == 1
     assert tile_config(8, 50257, 2).n_tiles > 1
+
+
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+@pytest.mark.parametrize("n_rows", [1, 8, 64, 100, 131])
+def test_tiles_of_a_split_forward(n_rows: int, vocab_size: int, itemsize: int) -> None:
+    config = split_config(n_rows, vocab_size, itemsize, 132)
+    if config is None:
+        assert n_rows > 64 or tile_config(1, vocab_size, itemsize).n_steps <= 8
+        return
+    assert config.n_tiles > 1
+    assert config.tile_steps % config.stack == 0
+    # Each tile has steps of its own, and the last one ends with the body.
+    assert (config.n_tiles - 1) * config.tile_steps < config.n_steps <= config.n_tiles * config.tile_steps
+
+
+def test_which_forwards_are_split() -> None:
+    """Rows fewer than the multiprocessors, so that two programs for each of those have work."""
+
+    def programs(n_rows: int, vocab_size: int) -> int:
+        config = split_config(n_rows, vocab_size, 2, 132)
+        return n_rows * (1 if config is None else config.n_tiles)
+
+    assert programs(8, 128256) == 256
+    assert programs(1, 128256) == 32
+    assert programs(64, 50257) == 256
+    assert programs(132, 128256) == 132
+    assert programs(8, 4096) == 8
+    assert split_config(8, 128256, 2, 132, with_stats=True).max_registers == 255  # type: ignore[union-attr]
 
 
 def test_configurations_are_frozen() -> None:

@@ -23,13 +23,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from mixce_kernels.backends.triton_launch import RowConfig, row_config, tile_config
-from mixce_kernels.triton_kernels import forward, gradient
+from mixce_kernels.backends.triton_launch import (
+    RowConfig,
+    TileConfig,
+    merge_config,
+    row_config,
+    split_config,
+    tile_config,
+)
+from mixce_kernels.triton_kernels import forward, gradient, split_forward
 
 TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 120)}
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 OPTIONS = ("CAP", "SMOOTH", "STATS", "HAS_ETA", "HAS_GRAD")
+# The kernels of a split forward.
+SPLIT = ("partial_stats", "merge")
 # For sm_90 and halves: 7 and 24 steps in a program, 24 in a cluster of 2, 15 in one of 8, of twice the threads as well,
 # and two reads.
 HELD_SIZES = (8000, 25000, 50257, 128256, 262144, 1_000_000)
@@ -69,6 +78,7 @@ def variants(name: str) -> list[tuple[str, Variant]]:
         {"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": 0},
         {"kernel": "forward", "options": OPTIONS, "vocab_size": 0},
         {"kernel": "logits_grad", "options": ("CAP",)},
+        *({"kernel": kernel, "options": OPTIONS} for kernel in SPLIT),
     ]
     light: list[dict[str, Any]] = [
         {"kernel": "forward"},
@@ -79,6 +89,10 @@ def variants(name: str) -> list[tuple[str, Variant]]:
         {"kernel": "logits_grad"},
         {"kernel": "logits_grad", "same_window": False},
         {"kernel": "scale_rows"},
+        *({"kernel": kernel} for kernel in SPLIT),
+        *({"kernel": "partial_stats", "options": (option,)} for option in ("CAP", "SMOOTH", "STATS")),
+        # As many tiles as there may be.
+        {"kernel": "merge", "options": OPTIONS, "vocab_size": 1_100_000},
     ]
     result = []
     for target, dtype, choice in spread(name, heavy, light):
@@ -114,28 +128,38 @@ def row_of(target_name: str, variant: Variant) -> RowConfig:
     )
 
 
+def tile_of(target_name: str, variant: Variant) -> TileConfig:
+    """The launch of a kernel whose programs take tiles of a row; that of a split forward has one row."""
+    itemsize, warp_size = ITEMSIZES[variant.dtype], TARGETS[target_name].warp_size
+    with_cap = "CAP" in variant.options
+    if variant.kernel in SPLIT:
+        with_options = with_cap or "SMOOTH" in variant.options
+        tile = split_config(1, variant.vocab_size, itemsize, 132, "STATS" in variant.options, with_options, warp_size)
+        assert tile is not None
+        return tile
+    return tile_config(4096, variant.vocab_size, itemsize, variant.kernel == "logits_grad" and with_cap, warp_size)
+
+
+def launch_arguments(target_name: str, variant: Variant) -> dict[str, Any]:
+    """The arguments that follow from a launch's configuration."""
+    if variant.kernel == "forward":
+        return row_of(target_name, variant).arguments()
+    tile = tile_of(target_name, variant)
+    if variant.kernel == "merge":
+        return merge_config(tile.n_tiles, TARGETS[target_name].warp_size).arguments()
+    return tile.arguments() | {"STACK": tile.stack}
+
+
 def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
     """The kernel as a launch would compile it."""
     target = TARGETS[target_name]
     constants: dict[str, Any] = {option: option in variant.options for option in OPTIONS}
-    constants |= {"SAME_WINDOW": variant.same_window}
-    if variant.kernel == "forward":
-        row = row_of(target_name, variant)
-        constants |= {"STACK": row.stack, "LANES": row.lanes, "VECTOR": row.vector, "REST": row.rest}
-        constants |= {"CTAS": row.n_ctas, "HELD": row.n_steps if row.held else None}
-        constants["PTX"] = target.backend == "cuda" and constants["HAS_GRAD"] and variant.same_window
-        options = {"num_warps": row.num_warps, "num_ctas": row.n_ctas}
-        max_registers = row.max_registers
-    else:
-        with_softcap = variant.kernel == "logits_grad" and constants["CAP"]
-        tile = tile_config(4096, variant.vocab_size, ITEMSIZES[variant.dtype], with_softcap, target.warp_size)
-        constants |= {"STACK": tile.stack, "LANES": tile.lanes, "VECTOR": tile.vector, "REST": tile.rest}
-        options = {"num_warps": tile.num_warps}
-        max_registers = tile.max_registers
-    if max_registers is not None:
-        options["maxnreg"] = max_registers
-    function = getattr(forward if variant.kernel == "forward" else gradient, f"{variant.kernel}_kernel")
+    constants |= launch_arguments(target_name, variant) | {"SAME_WINDOW": variant.same_window}
+    constants["PTX"] = target.backend == "cuda" and constants["HAS_GRAD"] and variant.same_window
+    options = {name: constants[name] for name in ("num_warps", "num_ctas", "maxnreg") if name in constants}
+    (module,) = (one for one in (forward, gradient, split_forward) if hasattr(one, f"{variant.kernel}_kernel"))
     pointers = {"logits_ptr": variant.dtype, "grad_ptr": variant.dtype, "targets_ptr": "i64", "correct_ptr": "i1"}
+    function = getattr(module, f"{variant.kernel}_kernel")
     return compiled(function, target, variant.dtype, pointers, constants, options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -17,6 +18,13 @@ from support.launches import check_launches_of_reductions
 from support.loss_checks import check_statistics
 from support.oracle import Options
 from support.shard_checks import CHECKS, FEW, check_case, check_launches
+from support.split_forward import (
+    SPLIT,
+    check_bad_targets_of_split_rows,
+    check_launches_of_split_rows,
+    check_split,
+    many_multiprocessors,
+)
 from support.triton_check import check, confident_inputs
 
 BOTH = {"grad_in_forward": True, "inplace_backward": True}
@@ -35,8 +43,10 @@ CASES: list[tuple[tuple[int, int], torch.dtype, dict[str, Any], str | None]] = [
     ((3, 1003), torch.float16, {"grad_in_forward": True, "z_loss": 1e-3}, HELD),
     ((3, 4500), torch.float32, BOTH | {"label_smoothing": 0.2}, HELD),
     ((3, 900), torch.float64, BOTH | {"softcap": 9.0}, HELD),
-    ((3, 17000), torch.bfloat16, BOTH | EVERY, TWO_READS),
-    ((3, 17003), torch.float32, {"grad_in_forward": True, "softcap": 9.0}, TWO_READS),
+    ((3, 17000), torch.bfloat16, BOTH | EVERY, HELD),
+    ((3, 17003), torch.float32, {"grad_in_forward": True, "softcap": 9.0}, CLUSTER),
+    ((3, 33333), torch.bfloat16, BOTH | EVERY, CLUSTER),
+    ((3, 9003), torch.float64, BOTH | EVERY, TWO_READS),
     ((3, 33333), torch.bfloat16, BOTH | {"eta": torch.tensor([0.0, 0.3, 1.0]), "logit_scale": 0.7}, CLUSTER),
     ((3, 33555), torch.float16, {"grad_in_forward": True, "z_loss": 1e-3}, CLUSTER),
     ((3, 33333), torch.float32, BOTH, CLUSTER),
@@ -137,6 +147,25 @@ def check_figures(launches: list[Any]) -> None:
         for step, launch in zip(FIGURES["triton"], of_rows(launches), strict=True):
             assert_figures("triton", step, launch.counters, logits.numel())
 
+    # With each option, too; and of rows fewer than the multiprocessors each one is split.
+    for vocab_size, keywords in itertools.product(
+        (50257, 128256), ({"label_smoothing": 0.1}, {"return_stats": True}, {"softcap": 30.0})
+    ):
+        few = torch.randn(4, vocab_size).bfloat16().requires_grad_()
+        launches.clear()
+        fused_mixce_loss(few, targets[:4], grad_in_forward=True, backend="triton", **keywords)
+        (launch,) = of_rows(launches)
+        assert launch.counters["global_loaded_bytes"] <= 2.2 * few.numel(), (vocab_size, keywords, launch.counters)
+    few = torch.randn(8, 128256).bfloat16()
+    launches.clear()
+    with many_multiprocessors(132):
+        fused_mixce_loss(few, targets[:8], backend="triton")
+    tiles, merge, reduction = launches
+    assert tiles.grid[0] >= 128, tiles
+    assert (merge.name, merge.grid[0], reduction.name) == ("merge_kernel", 8, "reduction_kernel"), launches
+    # Each thread of a tile loads the target.
+    assert tiles.counters["global_loaded_bytes"] <= 2.26 * few.numel(), tiles.counters
+
     # Rows whose factor is 1 are neither read nor written: each thread reads the factor alone.
     launches.clear()
     backend.scale_rows_(logits.detach()[:2], torch.tensor([1.0, 1.0]), None, -100)
@@ -167,10 +196,14 @@ def main() -> None:
             ptx_on_cpu.configure(order=order, seed=1, races=True)
             check_results(launches)
             check_all_statistics()
+            for case in SPLIT:
+                check_split(case)
+            check_bad_targets_of_split_rows()
         # Their threads tell each other nothing: one order will do.
         check_shards()
         check_launches("triton", lambda: taken_from(launches))
         check_launches_of_reductions("triton", lambda: taken_from(launches))
+        check_launches_of_split_rows(lambda: taken_from(launches))
         ptx_on_cpu.configure(order="forward", races=False)
         check_figures(launches)
         check_specialisation()
