@@ -29,11 +29,11 @@ from gpu_kernels.counts import (
     TARGET,
     TARGETS,
     VOCABULARIES,
-    WITHOUT_CLUSTERS,
     Case,
     Count,
     cases,
     compiled_cases,
+    targets,
     verdicts,
 )
 from gpu_kernels.hot_loops import HotLoop, cuda_hot_loops, find_cuobjdump, write_hot_loops_csv
@@ -76,7 +76,7 @@ def main() -> None:
             loops += cuda_hot_loops(cuobjdump, extension)
         job = {"ptx_on_cpu": str(folder), "extension": str(extension), "cuobjdump": cuobjdump}
         for backend in chosen:
-            for target in (TARGET, WITHOUT_CLUSTERS):
+            for target in targets(backend):
                 say(f"running the {NAMES[backend]} kernels for {target}")
                 for result in worker(job | {"counts": True}, cases(backend, target), extension.parents[1]):
                     if "count" in result:
@@ -177,12 +177,14 @@ def worker(job: dict[str, Any], cases: list[Case], package: Path) -> list[dict[s
 
 def bars_text(counts: list[Count]) -> str:
     """Each figure with its bar, for a terminal."""
-    body: list[tuple[str, ...]] = [("step", "backend", "V", "figure", "counted", "bar", "")]
+    body: list[tuple[str, ...]] = [("step", "backend", "target", "N", "V", "figure", "counted", "bar", "")]
     for count, bar, met in verdicts(counts):
         bound = f"{'>=' if bar.at_least else '<='} {bar.bounds[count.backend]:g}"
         measured = f"{getattr(count, bar.figure):.4g}"
         verdict = "met" if met else "NOT MET"
-        body.append((count.step, count.backend, str(count.vocab), bar.title, measured, bound, verdict))
+        step = ", ".join(filter(None, (count.step, count.option)))
+        sizes = (count.target, str(count.rows), str(count.vocab))
+        body.append((step, count.backend, *sizes, bar.title, measured, bound, verdict))
     return text_table(body)
 
 

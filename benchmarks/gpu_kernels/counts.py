@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,6 +21,11 @@ VOCABULARIES = (50257, 128256)
 # At least an A100's multiprocessors: of fewer rows, CUDA would split those that it cannot hold over two kernels.
 ROWS_WITHOUT_CLUSTERS = 128
 DTYPES = ("float32", "float16", "float64")
+# Rows fewer than the multiprocessors of an H100, which both backends split.
+FEW_ROWS, MULTIPROCESSORS = 8, 132
+# Options with which Triton's registers hold a row for its gradient as without: on those with clusters, in fewer rows
+# since their number changes nothing.
+HELD_OPTIONS, HELD_TARGETS, HELD_ROWS = ("label_smoothing", "return_stats", "softcap"), (TARGET, "sm_100"), 16
 # Options that Triton compiles kernels for, and the steps in which it does.
 CODE_OF_ITS_OWN = {
     "softcap": MAIN_STEPS,
@@ -62,6 +67,8 @@ class Case:
     vocab: int = VOCABULARIES[0]
     option: str = ""
     steps: tuple[str, ...] = MAIN_STEPS
+    # That Triton's launches are told of: 1 stands for fewer than there are rows. CUDA's know those of the architecture.
+    multiprocessors: int = 1
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class Count:
     option: str
     step: str
     kernels: str
+    programs: int  # of the launch that has the most; blocks, to CUDA
     unique_loaded_bytes: float
     loaded_bytes: float
     unique_stored_bytes: float
@@ -91,14 +99,29 @@ class Count:
         return self.vector_bytes / (self.loaded_bytes + self.stored_bytes)
 
 
+def targets(backend: str) -> tuple[str, ...]:
+    """The architectures that the backend's kernels are executed for."""
+    return (TARGET, WITHOUT_CLUSTERS, *(HELD_TARGETS[1:] if backend == "triton" else ()))
+
+
 def cases(backend: str, target: str) -> list[Case]:
     """What is executed and counted in one process."""
     if target == WITHOUT_CLUSTERS:
         steps = ("grad_in_forward",)
         return [Case(backend, target, rows=ROWS_WITHOUT_CLUSTERS, vocab=vocab, steps=steps) for vocab in VOCABULARIES]
+    # Of the first vocabulary, those for TARGET are counted in every step.
+    held = [
+        Case(backend, target, rows=HELD_ROWS, vocab=vocab, option=option, steps=("grad_in_forward",))
+        for vocab in (VOCABULARIES[1:] if target == TARGET else VOCABULARIES)
+        for option in HELD_OPTIONS
+        if backend == "triton"
+    ]
+    if target != TARGET:
+        return held
     plain = [Case(backend, target, vocab=vocab, steps=STEPS) for vocab in VOCABULARIES]
     options = [Case(backend, target, option=option) for option in OPTIONS if option]
-    return plain + options + [Case(backend, target, dtype=dtype) for dtype in DTYPES]
+    few = Case(backend, target, "bfloat16", FEW_ROWS, VOCABULARIES[1], "", ("forward",), MULTIPROCESSORS)
+    return plain + options + [Case(backend, target, dtype=dtype) for dtype in DTYPES] + held + [few]
 
 
 def compiled_cases(backend: str) -> list[Case]:
@@ -106,21 +129,31 @@ def compiled_cases(backend: str) -> list[Case]:
     found = []
     for target in TARGETS:
         found.append(Case(backend, target, rows=1, steps=STEPS))
-        found.append(Case(backend, target, rows=1, vocab=VOCABULARIES[1], steps=("grad_in_forward",)))
+        for option in ("", *HELD_OPTIONS):
+            found.append(
+                Case(backend, target, rows=1, vocab=VOCABULARIES[1], option=option, steps=("grad_in_forward",))
+            )
+            found.append(
+                Case(backend, target, rows=1, option=option, steps=("forward",), multiprocessors=MULTIPROCESSORS)
+            )
         for option, steps in CODE_OF_ITS_OWN.items():
             found.append(Case(backend, target, rows=1, option=option, steps=steps))
         found += [Case(backend, target, rows=1, dtype=dtype) for dtype in DTYPES]
+        found += [
+            Case(backend, target, dtype, rows=1, steps=("forward",), multiprocessors=MULTIPROCESSORS)
+            for dtype in DTYPES
+        ]
     return found
 
 
-def count_of(case: Case, step: str, launches: list[tuple[str, dict[str, Any]]]) -> Count:
-    """The counts of a step from the names and counters of its launches."""
+def count_of(case: Case, step: str, launches: list[tuple[str, int, dict[str, Any]]]) -> Count:
+    """The counts of a step from the names, programs and counters of its launches."""
     logits = case.rows * case.vocab
 
     def each(name: str) -> float:
-        return sum(counters[name] for _, counters in launches) / logits
+        return sum(counters[name] for _, _, counters in launches) / logits
 
-    accesses = [counters[kind] for _, counters in launches for kind in ("global_loads", "global_stores")]
+    accesses = [counters[kind] for _, _, counters in launches for kind in ("global_loads", "global_stores")]
     return Count(
         backend=case.backend,
         target=case.target,
@@ -129,7 +162,8 @@ def count_of(case: Case, step: str, launches: list[tuple[str, dict[str, Any]]]) 
         vocab=case.vocab,
         option=case.option,
         step=step,
-        kernels=kernel_names(name for name, _ in launches),
+        kernels=kernel_names(name for name, _, _ in launches),
+        programs=max(programs for _, programs, _ in launches),
         unique_loaded_bytes=each("unique_loaded_bytes"),
         loaded_bytes=each("global_loaded_bytes"),
         unique_stored_bytes=each("unique_stored_bytes"),
@@ -200,14 +234,30 @@ BARS = {
 }
 
 
-def held_to_bars(counts: Iterable[Count]) -> Iterator[Count]:
-    """The counts for which there are bars."""
-    for count in counts:
-        plain = count.dtype == "bfloat16" and not count.option and count.rows == ROWS
-        if plain and count.target == TARGET and count.step in BARS:
-            yield count
+# Of other steps, what they are for: a row that waits in registers is read once, and few rows keep a chip busy.
+HELD_BARS = (Bar("bytes loaded", "loaded_bytes", dict.fromkeys(BACKENDS, 2.2)),)
+# CUDA has at most a block for 16 KB of a row. Each thread of Triton's loads its row's target, from a cache.
+FEW_ROWS_BARS = (
+    Bar("programs", "programs", {"cuda": 120, "triton": 128}, at_least=True),
+    Bar("unique bytes loaded", "unique_loaded_bytes", dict.fromkeys(BACKENDS, 2.01)),
+    Bar("bytes loaded", "loaded_bytes", {"cuda": 2.12, "triton": 2.3}),
+)
+
+
+def bars_of(count: Count) -> tuple[Bar, ...]:
+    """The bars that a count is held to; none for most."""
+    if count.dtype != "bfloat16":
+        return ()
+    if count.option:
+        held = count.option in HELD_OPTIONS and count.target in HELD_TARGETS and count.step == "grad_in_forward"
+        return HELD_BARS if held else ()
+    if count.target != TARGET:
+        return ()
+    if count.rows == FEW_ROWS:
+        return FEW_ROWS_BARS
+    return BARS.get(count.step, ()) if count.rows == ROWS else ()
 
 
 def verdicts(counts: Iterable[Count]) -> list[tuple[Count, Bar, bool]]:
     """Each count with each of its bars, and whether it is met."""
-    return [(count, bar, bar.met_by(count)) for count in held_to_bars(counts) for bar in BARS[count.step]]
+    return [(count, bar, bar.met_by(count)) for count in counts for bar in bars_of(count)]

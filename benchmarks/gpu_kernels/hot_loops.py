@@ -16,7 +16,7 @@ from gpu_kernels.machine_code import KINDS, ControlFlow, Execution, Function, fu
 from gpu_kernels.registers import dtype_and_variant
 
 # Parts of a row's work. A row that waits in registers is unrolled: it has no loop, but a way from the kernel's begin to
-# its end, which is all of the work of a thread.
+# its end, which is all of the work of a thread. With options it is no longer: a loop for each pass rotates it.
 STATISTICS, GRADIENT, ALIGNED_OTHERWISE, WHOLE_ROW = (
     "statistics",
     "gradient",
@@ -25,7 +25,7 @@ STATISTICS, GRADIENT, ALIGNED_OTHERWISE, WHOLE_ROW = (
 )
 # float64 is left out: its exponentials are no special functions.
 ITEMSIZES = {"bfloat16": 2, "float16": 2, "float32": 4}
-KERNELS = ("forward_kernel", "logits_grad_kernel")
+KERNELS = ("forward_kernel", "partial_stats_kernel", "logits_grad_kernel")
 # Instructions for a logit that a loop may have more than are on record.
 MAY_GROW = 0.05
 KEY = ("backend", "target", "kernel", "dtype", "variant", "part")
@@ -73,11 +73,19 @@ def hot_loops(function: Function, backend: str, dtype: str, variant: str) -> Ite
         )
         found[part] = max(loop, found.get(part, loop), key=lambda one: one.logits)
 
+    rotating = []
     for iteration in flow.loops():
-        if iteration.count("MUFU.EX2") and max(iteration.loaded, iteration.stored) >= itemsize:
-            otherwise = iteration.loaded > iteration.stored
-            part = ALIGNED_OTHERWISE if otherwise else GRADIENT
-            add(part if iteration.stored else STATISTICS, iteration, iteration.stored or iteration.loaded)
+        if iteration.count("MUFU.EX2"):
+            if max(iteration.loaded, iteration.stored) >= itemsize:
+                otherwise = iteration.loaded > iteration.stored
+                part = ALIGNED_OTHERWISE if otherwise else GRADIENT
+                add(part if iteration.stored else STATISTICS, iteration, iteration.stored or iteration.loaded)
+            elif not iteration.read:
+                rotating.append(iteration)
+    if rotating and found.keys() == {GRADIENT}:
+        # Pass 1 over registers moves no memory, so pass 2 says how many logits a tile has, and both have as many.
+        longest = max(rotating, key=lambda one: one.count("MUFU.EX2"))
+        add(STATISTICS, longest, found[GRADIENT].logits * itemsize)
     if not found and (whole := flow.whole()) is not None:
         # The rest of a row is stored element by element, where there is one.
         add(WHOLE_ROW, whole, whole.vectors_stored)

@@ -182,6 +182,7 @@ def not_of_memory_alone(counts: Iterable[Count], loops: list[HotLoop], backend: 
         if (count.backend, count.target) == (backend, TARGET)
         and (count.option or count.dtype != "bfloat16")
         and count.dtype != "float64"
+        and count.vocab == VOCABULARIES[0]
         and any(plain_limits(chip, count, loops).largest != "memory" for chip in CHIPS)
     ]
 

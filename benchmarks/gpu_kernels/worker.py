@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +30,8 @@ class Runtime(Protocol):
     def begin(self, tensors: list[Tensor]) -> None:
         """Forgets the launches so far; of these tensors unique bytes will be counted."""
 
-    def launches(self) -> list[tuple[str, dict[str, Any]]]:
-        """Names and counters."""
+    def launches(self) -> list[tuple[str, int, dict[str, Any]]]:
+        """Names, programs and counters."""
 
     def registers(self, case: Case) -> list[Registers]:
         """Of kernels that were compiled instead of launched."""
@@ -57,8 +58,8 @@ class CudaRuntime:
         self.runtime.register(*self.tensors)
         self.runtime.clear()
 
-    def launches(self) -> list[tuple[str, dict[str, Any]]]:
-        return [(launch["kernel"], launch["counters"]) for launch in self.runtime.launches()]
+    def launches(self) -> list[tuple[str, int, dict[str, Any]]]:
+        return [(launch["kernel"], math.prod(launch["grid"]), launch["counters"]) for launch in self.runtime.launches()]
 
     def registers(self, case: Case) -> list[Registers]:
         return []
@@ -99,8 +100,10 @@ class TritonRuntime:
         self.backend.clear()
         self.cubins.clear()
 
-    def launches(self) -> list[tuple[str, dict[str, Any]]]:
-        return [(launch.name, launch.counters) for launch in self.backend.launches]
+    def launches(self) -> list[tuple[str, int, dict[str, Any]]]:
+        return [
+            (launch.name, math.prod(launch.grid) * launch.num_ctas, launch.counters) for launch in self.backend.launches
+        ]
 
     def registers(self, case: Case) -> list[Registers]:
         found = []
@@ -128,6 +131,7 @@ class TritonRuntime:
 def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
     """Takes the case's steps; yields the counts, or the registers and hot loops, of each."""
     from mixce_kernels import backends
+    from mixce_kernels.backends import devices
     from mixce_kernels.backends.results import Results
     from mixce_kernels.options import TokenOptions, accumulate_dtype
     from mixce_kernels.reduction import NO_REDUCTION
@@ -160,6 +164,7 @@ def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
         else:
             backend.scale_rows_(grad_logits, factor, targets, options.ignore_index)
 
+    devices.EMULATED_MULTIPROCESSORS = case.multiprocessors
     # In this order: a backward wants the state of a forward.
     for step in (step for step in STEPS if step in case.steps):
         runtime.begin(tensors)

@@ -10,7 +10,18 @@ from dataclasses import replace
 
 import pytest
 
-from gpu_kernels.counts import BARS, OPTIONS, TARGETS, Case, Count, cases, compiled_cases, count_of, verdicts
+from gpu_kernels.counts import (
+    BARS,
+    OPTIONS,
+    TARGETS,
+    Case,
+    Count,
+    cases,
+    compiled_cases,
+    count_of,
+    targets,
+    verdicts,
+)
 from gpu_kernels.hot_loops import HotLoop
 from gpu_kernels.machine_code import KINDS
 from gpu_kernels.model import (
@@ -38,6 +49,7 @@ PLAIN = Count(
     option="",
     step="forward",
     kernels="forward_kernel",
+    programs=128,
     unique_loaded_bytes=2.0,
     loaded_bytes=2.1,
     unique_stored_bytes=0.001,
@@ -114,9 +126,10 @@ def test_counts_are_summed_over_launches_and_divided_by_logits():
         "warp_instructions": 20,
     }
     other = {**one, "global_loads": {8: 1}, "global_stores": {}}
-    launches = [("_ZN5mixce14forward_kernelIfEEv", one), ("merge_kernel", other), ("merge_kernel", other)]
+    launches = [("_ZN5mixce14forward_kernelIfEEv", 8, one), ("merge_kernel", 2, other), ("merge_kernel", 2, other)]
     count = count_of(Case("cuda", "sm_90", rows=2, vocab=25), "forward", launches)
     assert count.kernels == "forward_kernel + 2 x merge_kernel"
+    assert count.programs == 8
     assert count.unique_loaded_bytes == 6.0
     assert count.loaded_bytes == pytest.approx(7.2)
     assert count.vector_bytes == pytest.approx(16 * 10 / 50)
@@ -142,12 +155,23 @@ def test_each_bar_can_be_missed():
     assert all(ok for _, _, ok in verdicts([replace(PLAIN, backend="triton", instructions=10.9)]))
 
 
+def test_few_rows_and_rows_held_with_options_have_bars_of_their_own():
+    few, held = replace(PLAIN, backend="triton", rows=8), replace(GRADIENT, backend="triton", option="softcap", rows=16)
+    assert [bar.figure for _, bar, ok in verdicts([few]) if ok] == ["programs", "unique_loaded_bytes", "loaded_bytes"]
+    assert [bar.figure for _, bar, ok in verdicts([replace(few, programs=127)]) if not ok] == ["programs"]
+    for target in ("sm_90", "sm_100"):
+        changed = replace(held, target=target)
+        assert [bar.figure for _, bar, ok in verdicts([changed]) if ok] == ["loaded_bytes"]
+        assert [ok for _, _, ok in verdicts([replace(changed, loaded_bytes=4.0)])] == [False]
+    assert verdicts([replace(held, target="sm_80"), replace(held, option="z_loss")]) == []
+
+
 def test_only_the_plain_cases_are_held_to_bars():
     others = [
         replace(PLAIN, option="softcap"),
         replace(PLAIN, dtype="float32"),
         replace(PLAIN, target="sm_80"),
-        replace(PLAIN, rows=8),
+        replace(PLAIN, rows=16),
         replace(PLAIN, step="scale_rows"),
     ]
     assert verdicts(others) == []
@@ -161,6 +185,23 @@ def test_cases_cover_the_bars_and_every_option(backend):
     assert {case.option for case in found} == set(OPTIONS)
     assert {case.dtype for case in found} == {"bfloat16", "float32", "float16", "float64"}
     assert {case.target for case in compiled_cases(backend)} == set(ARCHITECTURES)
+    few = [case for case in found if case.multiprocessors > case.rows]
+    assert [(case.rows, case.vocab, case.multiprocessors, case.steps) for case in few] == [
+        (8, 128256, 132, ("forward",))
+    ]
+
+
+def test_rows_that_triton_holds_with_options_are_counted_at_both_vocabularies():
+    found = [case for target in targets("triton") for case in cases("triton", target)]
+    for target in ("sm_90", "sm_100"):
+        for vocab in (50257, 128256):
+            options = {
+                case.option
+                for case in found
+                if (case.target, case.vocab) == (target, vocab) and "grad_in_forward" in case.steps
+            }
+            assert options >= {"label_smoothing", "return_stats", "softcap"}
+    assert targets("cuda") == ("sm_90", "sm_80")
 
 
 def test_limits_by_hand():
@@ -283,10 +324,11 @@ def test_blocks_by_threads_and_shared_memory():
 def test_files(tmp_path):
     counts = [PLAIN, replace(GRADIENT, instructions=17.0), replace(PLAIN, option="softcap", instructions=30.0)]
     counts += [replace(GRADIENT, target="sm_80", rows=128, vocab=128256, loaded_bytes=4.0)]
+    counts += [replace(PLAIN, backend="triton", rows=8, programs=64)]
     write_csv(tmp_path / "kernels.csv", counts, FACTS)
     with (tmp_path / "kernels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 4
+    assert len(rows) == 5
     assert float(rows[0]["vector_share"]) == pytest.approx(PLAIN.vector_share, rel=1e-5)
     assert all(row["commit"] == "0123abc" for row in rows)
     assert read_csv(tmp_path / "kernels.csv") == counts
@@ -297,7 +339,8 @@ def test_files(tmp_path):
 
     text = markdown(counts, kernels, LOOPS, [held_rows("sm_80", 128256, 2, 304)], FACTS)
     assert "11 of 12 bars met." in text
-    assert text.count("**not met**") == 1
+    assert "| forward, Triton | sm_90 | 8 | 50257 | programs | >= 128 | 64 **not met** |" in text
+    assert text.count("**not met**") == 2
     assert "| softcap | 0 | 0 | 0 | 0 | 0 | +22.50 |" in text
     assert "24 in CUDA logits_grad_kernel, float16, softcap on sm_80" in text
     assert "No time was measured" in text

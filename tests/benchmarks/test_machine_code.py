@@ -261,6 +261,28 @@ def test_an_unrolled_row_is_one_hot_loop() -> None:
     assert (whole.part, whole.logits, whole.instructions) == ("whole row", 8, 5)
 
 
+def test_loops_that_rotate_a_row_in_registers_are_two_hot_loops() -> None:
+    """Pass 1 over the steps left beside blocks takes less, and the loop over zeros has no exponentials."""
+    lines = """
+        zeros: STG.E.128 [R2.64], RZ
+        @P0 BRA zeros
+        first: MUFU.EX2 R4, R4
+        MUFU.EX2 R5, R5
+        FADD R4, R4, R5
+        @P0 BRA first
+        left: MUFU.EX2 R4, R4
+        @P0 BRA left
+        second: MUFU.EX2 R4, R4
+        MUFU.EX2 R5, R5
+        STG.E.128 [R2.64], R4
+        STG.E.128 [R6.64], R4
+        @P0 BRA second
+        EXIT
+    """
+    found = list(hot_loops(function(lines), "triton", "bfloat16", "softcap, V = 50257, gradient"))
+    assert [(one.part, one.logits, one.instructions) for one in found] == [("gradient", 16, 5), ("statistics", 16, 4)]
+
+
 def loop(**changes: object) -> HotLoop:
     """100 instructions for 20 logits."""
     kinds = dict.fromkeys(KINDS, 0) | {"special": 20, "fp32": 80}
