@@ -5,7 +5,7 @@ import triton.language as tl
 
 from mixce_kernels.triton_kernels.jit import bound
 from mixce_kernels.triton_kernels.mixce_math import capped
-from mixce_kernels.triton_kernels.row_layout import head_of, rest_of, rotated, tile_index
+from mixce_kernels.triton_kernels.row_layout import head_of, moved, rest_of, rotated, tile_index
 
 
 @triton.jit
@@ -27,8 +27,8 @@ def grad_of(x, begin, size, offsets, target_column, terms, transform, CAP: tl.co
 @triton.jit
 def converted_anew(x, PTX: tl.constexpr):
     """The same logits, such that no compiler keeps their conversion to float32 for pass 2, in twice the registers."""
-    if PTX and x.dtype.primitive_bitwidth == 16:
-        x = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2)
+    if x.dtype.primitive_bitwidth == 16:
+        x = moved(x, PTX)
     return x
 
 
