@@ -124,13 +124,14 @@ def other_bars_table(counts: list[Count]) -> str:
         *head(["", "architecture", "N", "V", "figure", "bar", "counted"]),
     ]
     for count, bar, met in verdicts(counts):
-        if bar not in BARS.get(count.step, ()):
-            name = ", ".join(filter(None, (count.step, count.option, NAMES[count.backend])))
-            bound = f"{'>=' if bar.at_least else '<='} {bar.bounds[count.backend]:g}"
-            value = getattr(count, bar.figure)
-            counted = f"{value:.3f}" if isinstance(value, float) else str(value)
-            verdict = f"{counted} {'met' if met else '**not met**'}"
-            lines.append(row([name, count.target, str(count.rows), str(count.vocab), bar.title, bound, verdict]))
+        if bars_of(count) == BARS.get(count.step):
+            continue
+        name = ", ".join(filter(None, (count.step, count.option, NAMES[count.backend])))
+        bound = f"{'>=' if bar.at_least else '<='} {bar.bounds[count.backend]:g}"
+        value = getattr(count, bar.figure)
+        counted = f"{value:.3f}" if isinstance(value, float) else str(value)
+        verdict = f"{counted} {'met' if met else '**not met**'}"
+        lines.append(row([name, count.target, str(count.rows), str(count.vocab), bar.title, bound, verdict]))
     return "\n".join(lines)
 
 

@@ -164,7 +164,7 @@ def check_figures(launches: list[Any]) -> None:
     assert tiles.grid[0] >= 128, tiles
     assert (merge.name, merge.grid[0], reduction.name) == ("merge_kernel", 8, "reduction_kernel"), launches
     # Each thread of a tile loads the target.
-    assert tiles.counters["global_loaded_bytes"] <= 2.26 * few.numel(), tiles.counters
+    assert tiles.counters["global_loaded_bytes"] <= 2.3 * few.numel(), tiles.counters
 
     # Rows whose factor is 1 are neither read nor written: each thread reads the factor alone.
     launches.clear()
