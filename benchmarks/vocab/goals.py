@@ -98,7 +98,7 @@ def _overhead(cell: Cellular) -> Iterator[Verdict]:
     for mode in ("forward", "both"):
         ours, eager = cell.number(OURS, mode), cell.number("eager", mode)
         if ours and eager:
-            yield Verdict(f"a small call's host time, {mode}, times eager's", str(cell), ours / eager, 3.0)
+            yield Verdict(f"a small call's host time, {mode}, times eager's", str(cell), ours / eager, 1.0)
 
 
 if __name__ == "__main__":

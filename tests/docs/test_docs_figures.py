@@ -124,15 +124,21 @@ def test_share_of_a_read() -> None:
 
 
 def test_hidden_states() -> None:
+    both = {"hidden_size": "768", "mode": "both"}
     lines = table_of("results.md", "Hidden states")[1:]
     assert [line[0] for line in lines] == list(HIDDEN)
     for name, *cells in lines:
         for (rows, vocab), part in (("2048", "50257"), cells[:3]), (("1024", "128256"), cells[3:]):
-            wanted = {"rows": rows, "vocab": vocab, "hidden_size": "768", "contender": HIDDEN[name], "mode": "both"}
+            wanted = {**both, "dtype": "float32", "rows": rows, "vocab": vocab, "contender": HIDDEN[name]}
             for allocator, cell in zip(("default", "warm"), part[:2], strict=True):
                 if cell:
                     assert_rounded(cell, figure("linear", "median_ms", **wanted, allocator=allocator) / 1e3)
             assert_rounded(part[2], figure("linear", "peak_bytes", **wanted, allocator="peaks") / 1e6)
+    _, _, text = text_of("results.md").partition("**bfloat16**")
+    seconds = re.findall(r"(\d\.\d+) s", text.partition("\n\n")[0])
+    for found, contender in zip(seconds, ("fused-linear", "eager", "fused-materialised"), strict=True):
+        wanted = {**both, "dtype": "bfloat16", "rows": "2048", "vocab": "50257", "contender": contender}
+        assert_rounded(found, figure("linear", "median_ms", **wanted, allocator="warm") / 1e3)
 
 
 def test_several_processes() -> None:
