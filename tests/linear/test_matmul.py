@@ -51,23 +51,24 @@ def by_mkl(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mkl, "has_bfloat16", lambda: True)
 
 
-@pytest.mark.parametrize("case", HALF, ids=str)
-def test_accuracy(case: LinearCase, tensor_cores: None) -> None:
-    """The gradient of the logits is an operand in half precision, and the rule holds all the same."""
+def _check_accuracy(case: LinearCase) -> None:
     inputs = build_linear(case)
     keywords: dict[str, Any] = {**inputs.keywords, "backend": "cpu", "bias": inputs.bias}
     loss = fused_linear_mixce_loss(inputs.hidden, inputs.weight, inputs.tokens.targets, inputs.tokens.eta, **keywords)
     check_linear(inputs, loss, list(torch.autograd.grad(loss, inputs.leaves, inputs.tokens.upstream)))
+
+
+@pytest.mark.parametrize("case", HALF, ids=str)
+def test_accuracy(case: LinearCase, tensor_cores: None) -> None:
+    """The gradient of the logits is an operand in half precision, and the rule holds all the same."""
+    _check_accuracy(case)
 
 
 @needs_mkl
 @pytest.mark.parametrize("case", [case for case in HALF if case.plain.dtype == torch.bfloat16], ids=str)
 def test_accuracy_of_mkl(case: LinearCase, by_mkl: None) -> None:
     """As above; a CPU without matrix units computes the same another way."""
-    inputs = build_linear(case)
-    keywords: dict[str, Any] = {**inputs.keywords, "backend": "cpu", "bias": inputs.bias}
-    loss = fused_linear_mixce_loss(inputs.hidden, inputs.weight, inputs.tokens.targets, inputs.tokens.eta, **keywords)
-    check_linear(inputs, loss, list(torch.autograd.grad(loss, inputs.leaves, inputs.tokens.upstream)))
+    _check_accuracy(case)
 
 
 @needs_mkl
