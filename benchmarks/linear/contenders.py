@@ -156,7 +156,7 @@ def matmuls(hidden: Tensor, weight: Tensor, gradients: bool) -> Sequence[Tensor]
     What stands for the gradient of the logits is the logits: a product takes the same time with other numbers.
     """
     budget = default_chunk_bytes(weight, len(weight))
-    made = products(weight, None, hidden.dtype, budget // 2)
+    made = products(weight, None, hidden.dtype, budget // 2, hidden.dtype)
     dtype = accumulate_dtype(hidden.dtype)
     budget -= made.bytes_besides(weight.shape[0])
     size = rows_per_chunk(len(hidden), len(weight), made.bytes_per_logit, budget)

@@ -159,7 +159,9 @@ class _Chunks:
         self.scale = None if scale is None else scale.expand(call.targets.shape)
         self.grad_hidden, self.grad_weight, self.grad_bias = grads
         self.budget = call.max_chunk_bytes or default_chunk_bytes(call.weight, self.columns)
-        self.products: Products = products(call.weight, call.bias, call.compute_dtype, self.budget // 2)
+        self.products: Products = products(
+            call.weight, call.bias, call.compute_dtype, self.budget // 2, call.hidden.dtype
+        )
         self.valid = call.targets != call.options.ignore_index
         # The rows that are not ignored, where others are left out; None: all rows are taken.
         self.kept: Tensor | None = None

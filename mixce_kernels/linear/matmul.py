@@ -60,17 +60,23 @@ class Products(Protocol):
         """Writes grad_logits.T @ hidden to out [V, D], or adds it."""
 
 
-def products(weight: Tensor, bias: Tensor | None, compute_dtype: torch.dtype, max_bytes: int) -> Products:
-    """The products with a weight [V, D] and a bias [V] or None, with operands rounded to `compute_dtype`.
+def products(
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    compute_dtype: torch.dtype,
+    max_bytes: int,
+    hidden_dtype: torch.dtype,
+) -> Products:
+    """The products with a weight and a bias, of hidden states of that type, with operands rounded to `compute_dtype`.
 
     A weight that must be converted is converted in tiles of at most `max_bytes`, but at least one row.
     """
     half = accumulate_dtype(compute_dtype) != compute_dtype
     if half and weight.is_cuda and torch.version.hip is None and hasattr(torch.ops.aten.mm, "dtype_out"):
         return MixedProducts(weight, bias, compute_dtype)
-    # Where autocast rounds the operands, a gradient of float32 is not rounded on its way: this takes products of it.
-    whole = weight.dtype == compute_dtype == torch.bfloat16 and weight.device.type == "cpu"
-    if whole and mkl.has_bfloat16() and mkl.takes(weight):
+    # Where autocast rounds one operand, its gradient is float32, and on a CPU not rounded on its way.
+    all_half = hidden_dtype == weight.dtype == compute_dtype == torch.bfloat16
+    if all_half and weight.device.type == "cpu" and mkl.has_bfloat16() and mkl.takes(weight):
         return MklProducts(weight, bias)
     return TiledProducts(weight, bias, compute_dtype, max_bytes)
 

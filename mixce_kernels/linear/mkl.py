@@ -36,27 +36,30 @@ def takes(matrix: Tensor) -> bool:
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
     """Writes a [R, K] @ b [K, C] to out [R, C] float32, or adds it; operands bfloat16 that `takes` accepts."""
-    gemm, of_a, of_b = _gemm(), _layout(a), _layout(b)
+    gemm, of_a, of_b, of_out = _gemm(), _layout(a), _layout(b), _layout(out)
     assert gemm is not None
     assert of_a is not None
     assert of_b is not None
-    assert _layout(out) == (_PLAIN, out.stride(0))
+    assert of_out is not None
+    assert of_out[0] == _PLAIN
     (rows, inner), columns = a.shape, b.shape[1]
     if 0 in (rows, columns):
         return
     gemm(
         _ROW_MAJOR, of_a[0], of_b[0], rows, columns, inner, 1.0, a.data_ptr(), of_a[1], b.data_ptr(), of_b[1],
-        1.0 if accumulate else 0.0, out.data_ptr(), out.stride(0),
+        1.0 if accumulate else 0.0, out.data_ptr(), of_out[1],
     )  # fmt: skip
 
 
 def _layout(matrix: Tensor) -> tuple[int, int] | None:
     """Whether it is transposed in memory, and the elements from row to row there; None where it is neither."""
     rows, columns = matrix.shape
-    if matrix.stride(1) == 1 and matrix.stride(0) >= max(columns, 1):
-        return _PLAIN, matrix.stride(0)
-    if matrix.stride(0) == 1 and matrix.stride(1) >= max(rows, 1):
-        return _TRANSPOSED, matrix.stride(1)
+    row_stride, column_stride = matrix.stride()
+    # The stride of a dimension of one is any, also where PyTorch calls the tensor contiguous.
+    if (column_stride == 1 or columns == 1) and (row_stride >= columns or rows == 1):
+        return _PLAIN, max(columns, 1) if rows == 1 else row_stride
+    if (row_stride == 1 or rows == 1) and (column_stride >= rows or columns == 1):
+        return _TRANSPOSED, max(rows, 1) if columns == 1 else column_stride
     return None
 
 

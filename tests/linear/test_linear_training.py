@@ -121,6 +121,21 @@ def test_autocast(types: str, reduction: str, backend: str, device: str) -> None
         torch.testing.assert_close(grad.double(), want, rtol=2 * eps, atol=4 * eps * want.abs().max().item())
 
 
+def test_autocast_of_a_half_precision_weight(kernels: str, device: str) -> None:
+    """Float32 hidden states have a float32 gradient, which on a CPU is not rounded on its way."""
+    hidden, weight, _ = leaves(device)
+    weight = weight.detach().bfloat16().requires_grad_()
+    targets = targets_of(hidden)
+    with torch.autocast(device, torch.bfloat16):
+        loss = fused_linear_mixce_loss(hidden, weight, targets, max_chunk_bytes=CHUNK, backend=kernels)
+    (grad,) = torch.autograd.grad(loss, hidden)
+    assert grad.dtype == torch.float32
+    rounded = [one.detach().bfloat16().double().requires_grad_() for one in (hidden, weight)]
+    (expected,) = torch.autograd.grad(linear_mixce_loss_reference(*rounded, targets), rounded[0])
+    eps = torch.finfo(torch.float32).eps if device == "cpu" else 2**-8
+    torch.testing.assert_close(grad.double(), expected, rtol=2 * eps, atol=4 * eps * expected.abs().max().item())
+
+
 def test_autocast_leaves_float64_alone(kernels: str, device: str) -> None:
     hidden, weight, _ = leaves(device, torch.float64)
     targets = targets_of(hidden)

@@ -149,8 +149,26 @@ def test_who_multiplies(has_units: bool, monkeypatch: pytest.MonkeyPatch) -> Non
         (weight.half(), torch.float16, matmul.TiledProducts),
         (weight.double(), torch.float64, matmul.TiledProducts),
     ):
-        assert type(matmul.products(one, None, compute_dtype, 1000)) is expected
-    assert matmul.products(weight.float(), None, torch.float32, 1000).bytes_besides(4) == 0
+        assert type(matmul.products(one, None, compute_dtype, 1000, compute_dtype)) is expected
+    # Float32 hidden states under autocast have a float32 gradient.
+    products = matmul.products(weight, None, torch.bfloat16, 1000, torch.float32)
+    assert type(products) is matmul.TiledProducts
+    assert matmul.products(weight.float(), None, torch.float32, 1000, torch.float32).bytes_besides(4) == 0
+
+
+@needs_mkl
+@pytest.mark.parametrize(("rows", "inner", "columns"), [(1, 5, 4), (3, 1, 4), (3, 5, 1), (1, 1, 1)])
+def test_dimensions_of_one_have_any_stride(rows: int, inner: int, columns: int) -> None:
+    """PyTorch calls these contiguous, and copies none of them."""
+
+    def with_strides(n: int, m: int) -> Tensor:
+        return torch.randn(n, m).bfloat16().as_strided((n, m), (m if n > 1 else 0, 1 if m > 1 else 3))
+
+    a, b, out = with_strides(rows, inner), with_strides(inner, columns), torch.empty(rows, columns)
+    mkl.multiply(a, b, out)
+    torch.testing.assert_close(out, a.float() @ b.float())
+    mkl.multiply(a, b, out, accumulate=True)
+    torch.testing.assert_close(out, 2 * (a.float() @ b.float()))
 
 
 def test_tiles_of_a_weight_that_is_converted_fit_their_memory() -> None:
