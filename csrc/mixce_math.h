@@ -16,9 +16,10 @@
 
 namespace mixce {
 
-// Numbers of a token that a forward stores: m, s, a, c, t for its gradient, and nll, q, weight, lse, entropy.
+// Numbers of a token that a forward stores: m, s, a, c, t for its gradient, and nll, q, weight, lse, entropy,
+// collision.
 static constexpr int kStateWidth = 5;
-static constexpr int kStatsWidth = 5;
+static constexpr int kStatsWidth = 6;
 
 template <typename Real>
 static constexpr Real kLog2E = static_cast<Real>(1.4426950408889634);
@@ -81,12 +82,13 @@ struct OnlineLogSumExp {
   Real sum_exp;          // sum of exp(z - m)
   Real sum_shifted;      // sum of z - m, for label smoothing
   Real sum_exp_shifted;  // sum of exp(z - m) * (z - m), for the entropy
+  Real sum_exp_squared;  // sum of exp(z - m)^2, for the collision probability
   int64_t count;
 };
 
 template <typename Real>
 MIXCE_INLINE OnlineLogSumExp<Real> empty_log_sum_exp() {
-  return {-static_cast<Real>(INFINITY), 0, 0, 0, 0};
+  return {-static_cast<Real>(INFINITY), 0, 0, 0, 0, 0};
 }
 
 // Raises the maximum; sums relative to the new one may then be added. `exponential` is that of z, for a
@@ -100,6 +102,7 @@ MIXCE_INLINE void raise_maximum(OnlineLogSumExp<Real>& part, Real maximum, const
   part.sum_exp_shifted =
       factor == 0 ? 0 * part.sum_exp : factor * (part.sum_exp_shifted + shift * part.sum_exp);
   part.sum_exp *= factor;
+  part.sum_exp_squared *= factor * factor;
   if (part.count > 0) part.sum_shifted += part.count * shift;
   part.m = maximum;
 }
@@ -110,19 +113,80 @@ struct TokenTerms {
   double loss, nll, q, weight, lse, a, c, t;
 };
 
-// The mixture of Zhang et al. 2023 (arXiv 2305.16958), with label smoothing and z-loss. `s` is log sum exp(z
-// - m), `d_target` is z_target - m, `mean_shifted` the mean of z - m. Exponentials are of type Elementary.
+// Sums over a row, beside its largest exponent m: `s` is log sum exp(z - m), `d_target` is z_target - m,
+// `mean_shifted` the mean of z - m, read with label smoothing; entropy and collision, sum p^2, are read by
+// the weightings that need them.
+struct RowSums {
+  double s, d_target, mean_shifted, entropy, collision;
+};
+
+// A token's eta and the weighting with its two parameters.
+struct Mixture {
+  double eta;
+  Weighting weighting;
+  double first, second;
+};
+
+// x^exponent of an x that is no less than 0, or by a rounding.
 template <typename Elementary>
-MIXCE_INLINE TokenTerms token_terms(double m, double s, double d_target, double mean_shifted, double eta,
-                                    int64_t vocab_size, const TokenOptions& options) {
+MIXCE_INLINE double power(double x, double exponent) {
+  if (exponent == 0) return 1;
+  if (!(x > 0)) return 0;
+  return exp(static_cast<Elementary>(exponent * log(static_cast<Elementary>(x))));
+}
+
+// A token's f, NaN where q is. `not_q` is 1 - q; q is compared as the statistics return it, as a Real.
+template <typename Real, typename Elementary>
+MIXCE_INLINE double weighting_factor(const Mixture& mixture, double nll, double q, double not_q,
+                                     const RowSums& row) {
+  const double first = mixture.first, second = mixture.second;
+  // The logarithm of q is that of a power of q, also where q itself has no digits left.
+  double exponent = 0;
+  switch (q == q ? mixture.weighting : Weighting::kProbability) {
+    case Weighting::kProbability:
+      return q;
+    case Weighting::kPower:
+      exponent = first;
+      break;
+    case Weighting::kCollisionPower:
+      exponent = row.collision;
+      break;
+    case Weighting::kTaiLr: {
+      const double share = first == 0 ? 1 : q / (first + (1 - first) * q);
+      return share < second ? second : share;
+    }
+    case Weighting::kBand:
+      return static_cast<Real>(q) >= static_cast<Real>(first) &&
+             static_cast<Real>(q) <= static_cast<Real>(second);
+    case Weighting::kFocal:
+      return power<Elementary>(not_q, first);
+    case Weighting::kVariance:
+      return not_q > 0 ? q * not_q : 0;
+    case Weighting::kEntropy:
+      return power<Elementary>(row.entropy / second, first);
+    case Weighting::kGiven:
+      return first;
+  }
+  return exponent == 0 ? 1 : exp(static_cast<Elementary>(-exponent * nll));
+}
+
+// The mixture of Zhang et al. 2023 (arXiv 2305.16958), with another weighting in the place of q where asked
+// for, label smoothing and z-loss. Exponentials are of type Elementary.
+template <typename Real, typename Elementary>
+MIXCE_INLINE TokenTerms token_terms(double m, const RowSums& row, const Mixture& mixture, int64_t vocab_size,
+                                    const TokenOptions& options) {
+  const double s = row.s;
   const double smoothing = options.label_smoothing;
   const double lse = m + s;
-  const double nll = s - d_target;
+  const double nll = s - row.d_target;
   double ce = nll;
   // As nll + smoothing * (z_target - mean z), but without inf - inf where both are -inf.
-  if (smoothing > 0) ce = smoothing * (s - mean_shifted) + (smoothing < 1 ? (1 - smoothing) * nll : 0);
+  if (smoothing > 0) ce = smoothing * (s - row.mean_shifted) + (smoothing < 1 ? (1 - smoothing) * nll : 0);
   const double q = exp(static_cast<Elementary>(-nll));
-  const double weight = eta + (1 - eta) * q;
+  // expm1: 1 - q has no digits left for q near 1, the tokens that the mixture weighs most.
+  const double not_q = -expm1(static_cast<Elementary>(-nll));
+  const double eta = mixture.eta;
+  const double weight = eta + (1 - eta) * weighting_factor<Real, Elementary>(mixture, nll, q, not_q, row);
   const double z_slope = 2 * options.z_loss * lse;
   TokenTerms terms;
   // A weight of 0 is the limit of q log q, also where ce is infinite.
@@ -133,9 +197,7 @@ MIXCE_INLINE TokenTerms token_terms(double m, double s, double d_target, double 
   terms.lse = lse;
   terms.a = options.z_loss > 0 ? weight + z_slope : weight;
   terms.c = weight * smoothing / vocab_size;
-  // expm1: q - 1 has no digits left for q near 1, the tokens that the mixture weighs most.
-  terms.t = weight * (expm1(static_cast<Elementary>(-nll)) + smoothing) - terms.c +
-            (options.z_loss > 0 ? z_slope * q : 0);
+  terms.t = weight * (smoothing - not_q) - terms.c + (options.z_loss > 0 ? z_slope * q : 0);
   return terms;
 }
 

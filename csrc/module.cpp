@@ -36,6 +36,10 @@ template <typename Record>
 Field<int, Record, DType> field(const char* name, DType Record::* member) {
   return {name, member};
 }
+template <typename Record>
+Field<int, Record, Weighting> field(const char* name, Weighting Record::* member) {
+  return {name, member};
+}
 // A number that may be None, which becomes 0.
 template <typename Record>
 Field<std::optional<double>, Record, double> field_or_zero(const char* name, double Record::* member) {
@@ -51,6 +55,7 @@ void convert(uintptr_t argument, T*& value) {
   value = reinterpret_cast<T*>(argument);
 }
 void convert(int argument, DType& value) { value = static_cast<DType>(argument); }
+void convert(int argument, Weighting& value) { value = static_cast<Weighting>(argument); }
 void convert(const std::optional<double>& argument, double& value) { value = argument.value_or(0); }
 
 // A record, and the function that makes it from keyword arguments, one a field. A function, because a call of
@@ -130,9 +135,10 @@ void define_forward(py::module_& m) {
   m.def(
       "forward_call",
       [](const ForwardCall& shape, uintptr_t logits, uintptr_t targets, uintptr_t grad_logits,
-         uintptr_t upstream, uintptr_t eta, double eta_value, uintptr_t weights, uintptr_t num_items,
-         double num_items_value, uintptr_t loss, uintptr_t token_scale, uintptr_t losses, uintptr_t state,
-         uintptr_t stats, uintptr_t correct) {
+         uintptr_t upstream, uintptr_t eta, double eta_value, int weighting, uintptr_t parameters,
+         double first, double second, uintptr_t weights, uintptr_t num_items, double num_items_value,
+         uintptr_t loss, uintptr_t token_scale, uintptr_t losses, uintptr_t state, uintptr_t stats,
+         uintptr_t correct) {
         ForwardCall call = shape;
         convert(logits, call.rows.logits);
         convert(targets, call.rows.targets);
@@ -141,6 +147,9 @@ void define_forward(py::module_& m) {
         convert(state, call.rows.state);
         convert(eta, call.results.eta);
         call.results.eta_value = eta_value;
+        convert(weighting, call.results.weighting);
+        convert(parameters, call.results.parameters);
+        call.results.first = first, call.results.second = second;
         convert(losses, call.results.losses);
         convert(stats, call.results.stats);
         convert(correct, call.results.correct);
@@ -154,7 +163,8 @@ void define_forward(py::module_& m) {
         return call;
       },
       py::arg("shape"), py::kw_only(), py::arg("logits"), py::arg("targets"), py::arg("grad_logits"),
-      py::arg("upstream"), py::arg("eta"), py::arg("eta_value"), py::arg("weights"), py::arg("num_items"),
+      py::arg("upstream"), py::arg("eta"), py::arg("eta_value"), py::arg("weighting"), py::arg("parameters"),
+      py::arg("first"), py::arg("second"), py::arg("weights"), py::arg("num_items"),
       py::arg("num_items_value"), py::arg("loss"), py::arg("token_scale"), py::arg("losses"),
       py::arg("state"), py::arg("stats"), py::arg("correct"));
 }
@@ -162,7 +172,9 @@ void define_forward(py::module_& m) {
 void define_shards(py::module_& m) {
   define_record(m, "ForwardParams", "forward_params", field("eta", &ForwardParams::eta),
                 field("eta_stride", &ForwardParams::eta_stride),
-                field("eta_value", &ForwardParams::eta_value), field("losses", &ForwardParams::losses),
+                field("eta_value", &ForwardParams::eta_value), field("weighting", &ForwardParams::weighting),
+                field("parameters", &ForwardParams::parameters), field("first", &ForwardParams::first),
+                field("second", &ForwardParams::second), field("losses", &ForwardParams::losses),
                 field("stats", &ForwardParams::stats), field("correct", &ForwardParams::correct));
   define_record(m, "Columns", "columns", field("start", &Columns::start), field("number", &Columns::number));
   define_record(m, "LocalTargets", "local_targets", field("columns", &LocalTargets::columns),

@@ -57,14 +57,31 @@ struct RowParams {
   int64_t token_scale_stride;
 };
 
+// What a token's weight is made from: eta + (1 - eta) * f. The twin of KINDS in mixce_kernels/weightings.py,
+// which has the formulas of f and their sources.
+enum class Weighting : int64_t {
+  kProbability = 0,
+  kPower = 1,
+  kTaiLr = 2,
+  kBand = 3,
+  kFocal = 4,
+  kVariance = 5,
+  kEntropy = 6,
+  kCollisionPower = 7,
+  kGiven = 8  // f itself is the first parameter
+};
+
 // What a forward reads and writes beside the rows.
 struct ForwardParams {
   const void* eta;  // [N] or null; float32 or float64 like grad_loss
   int64_t eta_stride;
   double eta_value;
-  void* losses;   // [N]
-  void* stats;    // [kStatsWidth, N] or null
-  bool* correct;  // [N] or null
+  Weighting weighting;
+  const void* parameters;  // [2, N] or null; of eta's type
+  double first, second;    // read where they are null
+  void* losses;            // [N]
+  void* stats;             // [kStatsWidth, N] or null
+  bool* correct;           // [N] or null
 };
 
 // How the losses of tokens become the loss: each times its weight, then added up and divided.

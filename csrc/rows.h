@@ -49,6 +49,14 @@ MIXCE_INLINE double eta_at(const ForwardParams& f, Index row) {
   return f.eta == nullptr ? f.eta_value : static_cast<const Real*>(f.eta)[row * f.eta_stride];
 }
 
+template <typename Real, typename Index>
+MIXCE_INLINE Mixture mixture_at(const RowParams& p, const ForwardParams& f, Index row) {
+  const double eta = eta_at<Real>(f, row);
+  if (f.parameters == nullptr) return {eta, f.weighting, f.first, f.second};
+  const Real* const parameters = static_cast<const Real*>(f.parameters);
+  return {eta, f.weighting, parameters[row], parameters[p.logits_rows.number + row]};
+}
+
 // A row's entry of each of kWidth results [kWidth, rows], in the type Real.
 template <typename Real, int kWidth, typename Number, typename Index>
 MIXCE_INLINE void store_numbers(void* results, int64_t rows, Index row, const Number (&numbers)[kWidth]) {
@@ -73,8 +81,9 @@ MIXCE_INLINE void load_state(const RowParams& p, Index row, Real (&state)[kState
 // `first_of_largest`: no logit of the row beats the target's.
 template <typename Real, typename Index>
 MIXCE_INLINE void store_stats(const RowParams& p, const ForwardParams& f, Index row, const TokenTerms& terms,
-                              double entropy, bool first_of_largest) {
-  const double stats[kStatsWidth] = {terms.nll, terms.q, terms.weight, terms.lse, entropy};
+                              const RowSums& sums, bool first_of_largest) {
+  const double stats[kStatsWidth] = {terms.nll, terms.q,      terms.weight,
+                                     terms.lse, sums.entropy, sums.collision};
   store_numbers<Real>(f.stats, p.logits_rows.number, row, stats);
   f.correct[row] = first_of_largest && terms.nll == terms.nll;
 }

@@ -5,8 +5,8 @@
 // the numbers of type Real that follow: of all tokens one number after another, [numbers, N]. These are m,
 // the largest logit (capped, before its scale); s = log sum exp(z - m); z_y - m, infinite where the rank does
 // not hold the target; with label smoothing the mean of z - m; with statistics the entropy, negative unless
-// the target is the first of the rank's largest logits; and with a softcap too, which may make different
-// logits equal, the largest before it.
+// the target is the first of the rank's largest logits, and the collision probability; and with a softcap
+// too, which may make different logits equal, the largest before it.
 #pragma once
 
 #include "rows.h"
@@ -97,7 +97,8 @@ MIXCE_INLINE void write_numbers(const RowParams& p, const ForwardParams& f, cons
   const int64_t rows = p.logits_rows.number;
   const bool smooth = needs_moments(p.options);
   const Real infinity = static_cast<Real>(INFINITY);
-  Real m = -infinity, s = -infinity, d_target = infinity, mean_shifted = 0, entropy = 0, largest = -infinity;
+  Real m = -infinity, s = -infinity, d_target = infinity, mean_shifted = 0, entropy = 0, collision = 0,
+       largest = -infinity;
   if (to.columns.number > 0) {
     const Real loss = static_cast<const Real*>(f.losses)[row];
     const Real* const stats = static_cast<const Real*>(f.stats) + row;
@@ -107,15 +108,17 @@ MIXCE_INLINE void write_numbers(const RowParams& p, const ForwardParams& f, cons
       d_target = difference_or_zero(s, smooth || to.with_stats ? stats[0] : loss);
     }
     if (smooth) mean_shifted = difference_or_zero(s, loss);
-    if (to.with_stats)
-      entropy = copysign(stats[(kStatsWidth - 1) * rows], f.correct[row] ? Real{1} : Real{-1});
+    if (to.with_stats) {
+      entropy = copysign(stats[4 * rows], f.correct[row] ? Real{1} : Real{-1});
+      collision = stats[5 * rows];
+    }
     if (to.largest_state != nullptr) largest = largest_logit<Real>(to.largest_state, rows, row);
   }
   Real* number = static_cast<Real*>(to.message) + kHeader + row;
   auto write = [&](Real value) { *number = value, number += rows; };
   write(m), write(s), write(d_target);
   if (smooth) write(mean_shifted);
-  if (to.with_stats) write(entropy);
+  if (to.with_stats) write(entropy), write(collision);
   if (to.with_stats && has_softcap(p.options)) write(largest);
 }
 
@@ -151,7 +154,8 @@ MIXCE_INLINE void merge_row(const RowParams& p, const ForwardParams& f, const Me
   const int64_t rows = p.logits_rows.number;
   const double scale = scale_of_differences(p.options);
   const bool smooth = needs_moments(p.options), with_stats = f.stats != nullptr;
-  const int entropy_at = 3 + smooth, largest_at = has_softcap(p.options) ? entropy_at + 1 : 0;
+  const int entropy_at = 3 + smooth, collision_at = entropy_at + 1;
+  const int largest_at = has_softcap(p.options) ? collision_at + 1 : 0;
   auto number = [&](int64_t rank, int which) { return number_at<Real>(messages, rank, rows, which, row); };
 
   double m = -INFINITY;
@@ -178,25 +182,26 @@ MIXCE_INLINE void merge_row(const RowParams& p, const ForwardParams& f, const Me
     }
   }
   const double s = holders == 1 ? log(sum_exp) : NAN;
-  const auto terms = token_terms<double>(scale * m, s, d_target, smooth ? sum_shifted / vocab_size : 0,
-                                         eta_at<Real>(f, row), vocab_size, p.options);
-  Real state[kStateWidth];
-  fill_state(static_cast<Real>(m), s, terms, state);
-  store_loss(p, f, row, terms.loss, state);
-  if (!with_stats) return;
-
-  double entropy = 0;
-  for (int64_t rank = 0; rank < messages.ranks; ++rank) {
+  RowSums sums = {s, d_target, smooth ? sum_shifted / vocab_size : 0, 0, 0};
+  for (int64_t rank = 0; with_stats && rank < messages.ranks; ++rank) {
     const double log_share = number(rank, 1) + scale * (number(rank, 0) - m) - s;
     const double share = exp(log_share);
-    if (share != 0) entropy += share * (fabs(number(rank, entropy_at)) - log_share);
+    if (share != 0) {
+      sums.entropy += share * (fabs(number(rank, entropy_at)) - log_share);
+      sums.collision += share * share * number(rank, collision_at);
+    }
     // An equal logit before the target's beats it.
     const double largest = number(rank, largest_at);
     const Columns columns = columns_of<Real>(messages, rank);
     const bool before = columns.number > 0 && columns.start < start_of_holder;
     first_of_largest &= !(largest > largest_of_holder || (largest == largest_of_holder && before));
   }
-  store_stats<Real>(p, f, row, terms, entropy, first_of_largest);
+  const auto terms =
+      token_terms<Real, double>(scale * m, sums, mixture_at<Real>(p, f, row), vocab_size, p.options);
+  Real state[kStateWidth];
+  fill_state(static_cast<Real>(m), s, terms, state);
+  store_loss(p, f, row, terms.loss, state);
+  if (with_stats) store_stats<Real>(p, f, row, terms, sums, first_of_largest);
 }
 
 }  // namespace mixce

@@ -31,7 +31,17 @@ def row_params(
     token_scale_stride: int,
 ) -> RowParams: ...
 def forward_params(
-    *, eta: int, eta_stride: int, eta_value: float, losses: int, stats: int, correct: int
+    *,
+    eta: int,
+    eta_stride: int,
+    eta_value: float,
+    weighting: int,
+    parameters: int,
+    first: float,
+    second: float,
+    losses: int,
+    stats: int,
+    correct: int,
 ) -> ForwardParams: ...
 def forward_call_of_shape(
     *, rows: RowParams, upstream_stride: int, eta_stride: int, reduction: ReductionParams, reduces: bool
@@ -45,6 +55,10 @@ def forward_call(
     upstream: int,
     eta: int,
     eta_value: float,
+    weighting: int,
+    parameters: int,
+    first: float,
+    second: float,
     weights: int,
     num_items: int,
     num_items_value: float,

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from mixce_kernels.options import ETA_ROUNDING, LOGITS_DTYPES, describe
+from mixce_kernels.options import ETA_ROUNDING, LOGITS_DTYPES
+from mixce_kernels.values import describe
+from mixce_kernels.weightings import CustomWeighting, Weighting
 
 TARGET_DTYPES = (torch.int64, torch.int32)
 _PLAIN = frozenset((Tensor, Parameter, float, int, type(None)))
@@ -96,18 +98,23 @@ def check_linear_tensors(
     return autocast_dtype if autocast and autocast_dtype is not None else hidden.dtype
 
 
-def check_values(targets: Tensor, eta: float | Tensor, ignore_index: int, vocab_size: int) -> None:
-    """Reads targets and eta (a host synchronisation on a GPU).
+def check_values(
+    targets: Tensor, eta: float | Tensor, weighting: CustomWeighting, ignore_index: int, vocab_size: int
+) -> None:
+    """Reads targets, eta and the weighting's parameters (a host synchronisation on a GPU).
 
     Raises:
         IndexError: a target is neither in [0, vocab_size) nor ignore_index; names the first such row and its value.
-        ValueError: an entry of eta is outside [0, 1] or NaN; or `torch.vmap` batches the tensors.
+        ValueError: an entry of eta is outside [0, 1] or NaN, or one of a parameter is out of range; or `torch.vmap`
+            batches the tensors.
     """
     if is_batched(targets) or (isinstance(eta, Tensor) and is_batched(eta)):
         raise ValueError("expected validate=False under torch.vmap, got True")
     check_targets_in_range(targets, ignore_index, vocab_size)
     if isinstance(eta, Tensor) and not ((eta >= -ETA_ROUNDING) & (eta <= 1 + ETA_ROUNDING)).all():
         raise ValueError("expected every entry of eta in [0, 1], got one outside")
+    if isinstance(weighting, Weighting):
+        weighting.check_values()
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -21,11 +21,13 @@ from mixce_kernels.checks import check_linear_tensors, check_targets_in_range, c
 from mixce_kernels.linear import loss as linear_loss
 from mixce_kernels.logits import loss as logits_loss
 from mixce_kernels.logits.overwriting import check_overwritable
+from mixce_kernels.mixture import check_weighting
 from mixce_kernels.options import LinearOptions, LossOptions, check_eta
 from mixce_kernels.parallel import loss as parallel_loss
 from mixce_kernels.parallel.collectives import sum_over, total
 from mixce_kernels.parallel.shard import Sharding
 from mixce_kernels.stats import MixCEStats
+from mixce_kernels.weightings import Weighting
 
 
 def mixce_loss(
@@ -199,7 +201,7 @@ class _Tokens:
         targets = targets.full_tensor() if isinstance(targets, DTensor) else targets
         eta = eta.full_tensor() if isinstance(eta, DTensor) else eta
         if options.validate:
-            check_values(targets, eta, options.ignore_index, vocab_size)
+            check_values(targets, eta, options.weighting, options.ignore_index, vocab_size)
         elif like_logits.device.type == "cpu" and backends.checks_targets(
             backends.resolve(options.backend, like_logits)
         ):
@@ -213,6 +215,9 @@ class _Tokens:
             # A DTensor does not broadcast a dimension that is sharded.
             eta = eta.redistribute(placements=[Replicate()] * eta.device_mesh.ndim)
         eta = check_eta(eta, targets)
+        weighting = check_weighting(options.weighting, targets)
+        if isinstance(weighting, Weighting):
+            weighting = weighting.on_tokens(targets, self.local)
         options.check_reduction(targets)
         weights, divisor = options.token_weights, options.num_items_in_batch
         weights = None if weights is None else self.local(weights.detach())
@@ -223,7 +228,7 @@ class _Tokens:
             divisor = torch.where(valid, 1.0 if weights is None else weights, 0.0).sum(dtype=torch.float64)
             for dim in self.split.leading:
                 divisor = total(divisor, self.split.mesh.get_group(dim))
-        options = options._replace(token_weights=weights, num_items_in_batch=divisor)
+        options = options._replace(token_weights=weights, num_items_in_batch=divisor, weighting=weighting)
         return self.local(eta) if isinstance(eta, Tensor) else eta, options
 
     def result(self, found: Any, options: LossOptions) -> Any:

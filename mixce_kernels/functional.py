@@ -12,6 +12,7 @@ from mixce_kernels.options import LinearOptions, LossOptions
 from mixce_kernels.parallel import loss as parallel_loss
 from mixce_kernels.parallel.shard import Sharding
 from mixce_kernels.stats import MixCEStats
+from mixce_kernels.weightings import PROBABILITY, CustomWeighting
 
 
 def fused_mixce_loss(
@@ -27,6 +28,7 @@ def fused_mixce_loss(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    weighting: CustomWeighting = PROBABILITY,
     inplace_backward: bool = False,
     grad_in_forward: bool = False,
     return_stats: bool = False,
@@ -41,7 +43,8 @@ def fused_mixce_loss(
 
     where ce is nll (label-smoothed where asked) and z = softcap * tanh(logit_scale * logits / softcap), or
     logit_scale * logits without a softcap. eta = 1 is `torch.nn.functional.cross_entropy`; eta = 0 is the reverse
-    cross-entropy approximation, known as dynamic fine-tuning (DFT). Source: Zhang et al., "MixCE", ACL 2023
+    cross-entropy approximation, known as dynamic fine-tuning (DFT). With `weighting` another function of the token's
+    statistics takes the place of q in the weight; no gradient goes through it. Source: Zhang et al., "MixCE", ACL 2023
     (arXiv 2305.16958): the self-reweighted mixture.
 
     Args:
@@ -64,6 +67,11 @@ def fused_mixce_loss(
         z_loss: factor of logsumexp(z)^2, which is not weighted by eta or q.
         softcap: bound of the capped logits, or None.
         logit_scale: factor of the logits (1 / temperature), positive.
+        weighting: f of a token's weight eta + (1 - eta) * f: one of `mixce_kernels.weightings`, whose parameters may be
+            tensors, read on the device as eta is. Or any function of `MixCEStats` (detached, float32, or float64 for
+            float64 logits; `weight` is NaN, ignored tokens are 0) that gives a tensor of targets' shape and the
+            statistics' dtype, not negative. It is called once a forward with all tokens, without a graph, and costs one
+            more read of the logits.
         inplace_backward: the gradient overwrites the logits' memory in backward instead of allocating as much again.
             Whoever saved the logits for a later backward then gets PyTorch's error. Without a gradient to compute,
             logits are never touched. A leaf, or a view of one, is refused. This has no effect under `torch.compile`,
@@ -71,10 +79,11 @@ def fused_mixce_loss(
             not watch; within a checkpoint it has where nothing else needs the logits.
         grad_in_forward: the gradient is computed together with the loss: one read and one write of the logits in all,
             where a row fits on the chip. An upstream gradient other than 1 multiplies it in backward: for half
-            precision a second rounding. With `inplace_backward`, forward itself overwrites the logits.
+            precision a second rounding. With `inplace_backward`, forward itself overwrites the logits. With a function
+            of the caller's as weighting these are two launches.
         return_stats: also return the tokens' statistics, from the same pass.
-        validate: check the values of targets and of a tensor eta, synchronising with a GPU. On the CPU targets are
-            always checked.
+        validate: check the values of targets, of tensors eta and parameters of the weighting, and of a function's
+            result, synchronising with a GPU. On the CPU targets are always checked.
         backend: "cpu", "cuda", "triton" or "reference"; None picks the best that can serve, or `MIXCE_BACKEND` of the
             environment.
 
@@ -92,8 +101,8 @@ def fused_mixce_loss(
     options = LossOptions(
         ignore_index=ignore_index, reduction=reduction, token_weights=token_weights,
         num_items_in_batch=num_items_in_batch, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        logit_scale=logit_scale, inplace_backward=inplace_backward, grad_in_forward=grad_in_forward,
-        return_stats=return_stats, validate=validate, backend=backend,
+        logit_scale=logit_scale, weighting=weighting, inplace_backward=inplace_backward,
+        grad_in_forward=grad_in_forward, return_stats=return_stats, validate=validate, backend=backend,
     )  # fmt: skip
     return mixce_loss(logits, targets, eta, options)
 
@@ -113,6 +122,7 @@ def fused_linear_mixce_loss(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    weighting: CustomWeighting = PROBABILITY,
     inplace_backward: bool = False,
     grad_in_forward: bool = False,
     return_stats: bool = False,
@@ -156,10 +166,11 @@ def fused_linear_mixce_loss(
             On the CPU, and on a GPU with `validate`, they are left out of the products.
         reduction, token_weights, num_items_in_batch, label_smoothing, z_loss, softcap, logit_scale, return_stats: as in
             `fused_mixce_loss`.
+        weighting: likewise. A function of the caller's is called with the statistics of all tokens, not of a chunk's:
+            the logits are computed once more for it.
         inplace_backward, grad_in_forward: permissions that this function has no use for: there are no logits to
             overwrite, and the gradient is computed in the forward where that costs nothing.
-        validate: check the values of targets and of a tensor eta, synchronising with a GPU. On the CPU targets are
-            always checked.
+        validate: as in `fused_mixce_loss`.
         max_chunk_bytes: memory for the logits of a chunk with path "chunks": as many rows are taken as fit, at least
             one. None: 44 MiB on a CPU (2 V D bytes for a half-precision weight, if that is more), 1 GiB on a GPU. Where
             half-precision operands are multiplied in float32, this includes the float32 copy of a tile of the weight.
@@ -185,8 +196,8 @@ def fused_linear_mixce_loss(
     options = LossOptions(
         ignore_index=ignore_index, reduction=reduction, token_weights=token_weights,
         num_items_in_batch=num_items_in_batch, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        logit_scale=logit_scale, inplace_backward=inplace_backward, grad_in_forward=grad_in_forward,
-        return_stats=return_stats, validate=validate, backend=backend,
+        logit_scale=logit_scale, weighting=weighting, inplace_backward=inplace_backward,
+        grad_in_forward=grad_in_forward, return_stats=return_stats, validate=validate, backend=backend,
     )  # fmt: skip
     linear = LinearOptions(max_chunk_bytes=max_chunk_bytes, path=path)
     sharding = Sharding(group=group, vocab_start=vocab_start, vocab_size=vocab_size, check_group=check_group)
@@ -210,6 +221,7 @@ def vocab_parallel_mixce_loss(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    weighting: CustomWeighting = PROBABILITY,
     inplace_backward: bool = False,
     grad_in_forward: bool = False,
     return_stats: bool = False,
@@ -220,7 +232,7 @@ def vocab_parallel_mixce_loss(
 
     Every rank calls it with its columns and with the same targets and options, and gets the same loss and statistics;
     its gradient is that of its own columns. The ranks meet in one all-gather a forward, to which each sends 12 bytes a
-    token, 4 more with label smoothing and 4 with statistics (8 with a softcap), and 12 bytes a call; twice as many for
+    token, 4 more with label smoothing and 8 with statistics (12 with a softcap), and 12 bytes a call; twice as many for
     float64 logits. A backward communicates nothing, and beside the gradient no memory of the logits' size is taken.
 
     Source: Zhang et al., "MixCE", ACL 2023 (arXiv 2305.16958); the merging of partial sums is that of the online
@@ -243,10 +255,12 @@ def vocab_parallel_mixce_loss(
         ignore_index, reduction, token_weights, num_items_in_batch, label_smoothing, z_loss, softcap, logit_scale,
             inplace_backward, return_stats: as in `fused_mixce_loss`. Statistics with a softcap read the logits once
             more.
+        weighting: likewise, the same on every rank. For a function of the caller's, which gets the same statistics on
+            each, the ranks meet once more.
         grad_in_forward: the gradient is computed in the forward, once the ranks have met, by a second read of the
             logits.
-        validate: check the values of targets and of a tensor eta, synchronising with a GPU. With the backends "cpu"
-            and, on a CPU, "reference" targets are always checked.
+        validate: as in `fused_mixce_loss`. With the backends "cpu" and, on a CPU, "reference" targets are always
+            checked.
         backend: "cpu", "cuda", "triton" or "reference"; None picks the best that can serve, or `MIXCE_BACKEND` of the
             environment. Ranks may differ in it, except in whether it is "reference", which takes some collectives
             more. Neither "reference" nor `validate` is for `torch.compile`.
@@ -267,8 +281,8 @@ def vocab_parallel_mixce_loss(
     options = LossOptions(
         ignore_index=ignore_index, reduction=reduction, token_weights=token_weights,
         num_items_in_batch=num_items_in_batch, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        logit_scale=logit_scale, inplace_backward=inplace_backward, grad_in_forward=grad_in_forward,
-        return_stats=return_stats, validate=validate, backend=backend,
+        logit_scale=logit_scale, weighting=weighting, inplace_backward=inplace_backward,
+        grad_in_forward=grad_in_forward, return_stats=return_stats, validate=validate, backend=backend,
     )  # fmt: skip
     sharding = Sharding(group=group, vocab_start=vocab_start, vocab_size=vocab_size, check_group=check_group)
     return parallel_loss.mixce_loss(logits_shard, targets, eta, options, sharding)

@@ -6,9 +6,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixce_kernels.functional import linear_mixce_loss, mixce_loss
+from mixce_kernels.mixture import check_is_weighting
 from mixce_kernels.options import LinearOptions, LossOptions, check_eta_number
 from mixce_kernels.parallel.shard import Sharding
 from mixce_kernels.stats import MixCEStats
+from mixce_kernels.weightings import PROBABILITY, CustomWeighting
 
 
 class _Loss(nn.Module):
@@ -18,6 +20,7 @@ class _Loss(nn.Module):
         super().__init__()
         options.for_tokens()
         options.check_reduction_name()
+        check_is_weighting(options.weighting)
         self.eta = eta if isinstance(eta, Tensor) else check_eta_number(eta)
         self.options = options
         self.records = (options, *others)
@@ -48,6 +51,7 @@ class MixCELoss(_Loss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        weighting: CustomWeighting = PROBABILITY,
         inplace_backward: bool = False,
         grad_in_forward: bool = False,
         return_stats: bool = False,
@@ -57,12 +61,12 @@ class MixCELoss(_Loss):
         """Takes the options of `fused_mixce_loss`.
 
         Raises:
-            TypeError: an option is not a number.
+            TypeError: an option is not a number, or the weighting no function.
             ValueError: an option is outside its range.
         """
         options = LossOptions(
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
-            softcap=softcap, logit_scale=logit_scale, inplace_backward=inplace_backward,
+            softcap=softcap, logit_scale=logit_scale, weighting=weighting, inplace_backward=inplace_backward,
             grad_in_forward=grad_in_forward, return_stats=return_stats, validate=validate, backend=backend,
         )  # fmt: skip
         super().__init__(eta, options)
@@ -98,6 +102,7 @@ class LinearMixCELoss(_Loss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        weighting: CustomWeighting = PROBABILITY,
         inplace_backward: bool = False,
         grad_in_forward: bool = False,
         return_stats: bool = False,
@@ -113,12 +118,12 @@ class LinearMixCELoss(_Loss):
         """Takes the options of `fused_linear_mixce_loss`. With a group it can be neither copied nor pickled.
 
         Raises:
-            TypeError: an option is not a number.
+            TypeError: an option is not a number, or the weighting no function.
             ValueError: an option is outside its range.
         """
         options = LossOptions(
             ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing, z_loss=z_loss,
-            softcap=softcap, logit_scale=logit_scale, inplace_backward=inplace_backward,
+            softcap=softcap, logit_scale=logit_scale, weighting=weighting, inplace_backward=inplace_backward,
             grad_in_forward=grad_in_forward, return_stats=return_stats, validate=validate, backend=backend,
         )  # fmt: skip
         linear = LinearOptions(max_chunk_bytes=max_chunk_bytes, path=path)

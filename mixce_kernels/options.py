@@ -12,7 +12,18 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+from mixce_kernels.values import (
+    as_float,
+    check_constant,
+    check_int64,
+    concrete,
+    describe,
+    is_integer,
+    option_number,
+    token_tensor,
+)
+from mixce_kernels.weightings import PROBABILITY, CustomWeighting
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REDUCTIONS = ("none", "mean", "sum")
@@ -52,6 +63,7 @@ class LossOptions(NamedTuple):
     z_loss: float = 0.0
     softcap: float | None = None
     logit_scale: float = 1.0
+    weighting: CustomWeighting = PROBABILITY
     inplace_backward: bool = False
     grad_in_forward: bool = False
     return_stats: bool = False
@@ -83,7 +95,7 @@ class LossOptions(NamedTuple):
         if weights is not None:
             if not isinstance(weights, Tensor) or not weights.is_floating_point():
                 raise TypeError(f"expected token_weights to be a floating tensor, got {describe(weights)}")
-            _check_constant("token_weights", weights)
+            check_constant("token_weights", weights)
             if weights.shape != targets.shape:
                 raise ValueError(
                     f"expected token_weights of targets' shape {list(targets.shape)}, got {list(weights.shape)}"
@@ -97,13 +109,13 @@ class LossOptions(NamedTuple):
                 f"expected num_items_in_batch with reduction='mean' alone, got reduction={self.reduction!r}"
             )
         if isinstance(divisor, Tensor):
-            _check_constant("num_items_in_batch", divisor)
+            check_constant("num_items_in_batch", divisor)
             if divisor.numel() != 1:
                 raise ValueError(
                     "expected num_items_in_batch to be a number or a tensor of one element, got a tensor of shape "
                     f"{list(divisor.shape)}"
                 )
-        elif not 0.0 <= _float("num_items_in_batch", divisor) < math.inf:
+        elif not 0.0 <= as_float("num_items_in_batch", divisor) < math.inf:
             raise ValueError(f"expected num_items_in_batch to be finite and not negative, got {divisor}")
 
 
@@ -139,16 +151,16 @@ def _checked_for_tokens(
         raise TypeError(f"expected ignore_index to be an int, got {describe(ignore_index)}")
     ignore_index = concrete(int(ignore_index))
     check_int64("ignore_index", ignore_index)
-    label_smoothing = _number("label_smoothing", label_smoothing)
+    label_smoothing = option_number("label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"expected label_smoothing in [0, 1], got {label_smoothing}")
-    z_loss = _number("z_loss", z_loss)
+    z_loss = option_number("z_loss", z_loss)
     if not 0.0 <= z_loss < math.inf:
         raise ValueError(f"expected z_loss to be finite and not negative, got {z_loss}")
-    softcap = None if softcap is None else _number("softcap", softcap)
+    softcap = None if softcap is None else option_number("softcap", softcap)
     if softcap is not None and not 0.0 < softcap < math.inf:
         raise ValueError(f"expected softcap to be None or a positive finite number, got {softcap}")
-    logit_scale = _number("logit_scale", logit_scale)
+    logit_scale = option_number("logit_scale", logit_scale)
     if not 0.0 < logit_scale < math.inf:
         raise ValueError(f"expected logit_scale to be a positive finite number, got {logit_scale}")
     return TokenOptions(ignore_index, label_smoothing, z_loss, softcap, logit_scale)
@@ -158,15 +170,6 @@ def _checked_for_tokens(
 _remembered_for_tokens = functools.lru_cache(maxsize=256, typed=True)(_checked_for_tokens)
 
 
-def concrete(number: Any) -> Any:
-    """The Python number itself, where a compiler traces it as a symbol: another number compiles anew.
-
-    As an argument of an operator a symbol is baked into the compiled code without a guard, and later calls get the
-    result of an earlier number (seen with torch 2.13; torch.nn.functional.cross_entropy's label_smoothing, too).
-    """
-    return guard_scalar(number) if torch.compiler.is_compiling() else number
-
-
 def check_eta_number(eta: float) -> float:
     """Eta as a Python float; the end of [0, 1] that it misses by a rounding.
 
@@ -174,7 +177,7 @@ def check_eta_number(eta: float) -> float:
         TypeError: it is not a number.
         ValueError: it is outside [0, 1] by more than a rounding, or NaN.
     """
-    eta = _float("eta", eta)
+    eta = as_float("eta", eta)
     if not -ETA_ROUNDING <= eta <= 1.0 + ETA_ROUNDING:
         raise ValueError(f"expected eta in [0, 1], got {eta}")
     if eta < 0.0:
@@ -198,51 +201,5 @@ def check_eta(eta: float | Tensor, targets: Tensor) -> float | Tensor:
             return eta
         # As a sum: `torch.full` would bake a number in that the compiler traces as a symbol.
         return (torch.zeros((), dtype=torch.float64, device=targets.device) + eta).expand(targets.shape)
-    if not eta.is_floating_point():
-        raise TypeError(f"expected eta to be a number or a floating tensor, got a tensor of {eta.dtype}")
-    _check_constant("eta", eta)
-    if eta.device != targets.device:
-        raise ValueError(f"expected eta on {targets.device} with the logits, got {eta.device}")
-    try:
-        # A copy: the forward's weights count, also where eta is overwritten before backward.
-        return (eta.clone() if torch.is_grad_enabled() else eta).expand(targets.shape)
-    except RuntimeError:
-        raise ValueError(
-            f"expected eta to broadcast to targets of shape {list(targets.shape)}, got shape {list(eta.shape)}"
-        ) from None
-
-
-def _check_constant(name: str, tensor: Tensor) -> None:
-    if tensor.requires_grad:
-        raise ValueError(
-            f"expected {name} without requires_grad, since the loss is not differentiated by it, got one with"
-        )
-
-
-def is_integer(value: object) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def check_int64(name: str, value: int) -> None:
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"expected {name} to be an int of 64 bits, got {value}")
-
-
-def _number(name: str, value: object) -> float:
-    """An option as a Python float that an operator may have."""
-    return float(concrete(_float(name, value)))
-
-
-def _float(name: str, value: object) -> float:
-    if type(value) is float:
-        return value
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"expected {name} to be a number, got {describe(value)}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"expected {name} to be a number that a float holds, got {value}") from None
-
-
-def describe(value: object) -> str:
-    return f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+    # A copy: the forward's weights count, also where eta is overwritten before backward.
+    return token_tensor("eta", eta.clone() if torch.is_grad_enabled() else eta, targets)

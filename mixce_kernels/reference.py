@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from mixce_kernels.autocast import autocast_dtype, without_autocast
 from mixce_kernels.checks import check_linear_tensors, check_tensors, check_values, is_batched
+from mixce_kernels.mixture import check_weighting, factor_of
 from mixce_kernels.options import LinearOptions, LossOptions, TokenOptions, accumulate_dtype, check_eta
 from mixce_kernels.stats import MixCEStats
+from mixce_kernels.weightings import PROBABILITY, CustomWeighting, Given, Weighting
 
 
 def mixce_loss_reference(
@@ -30,6 +32,7 @@ def mixce_loss_reference(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    weighting: CustomWeighting = PROBABILITY,
     inplace_backward: bool = False,
     grad_in_forward: bool = False,
     return_stats: bool = False,
@@ -43,7 +46,7 @@ def mixce_loss_reference(
     options = LossOptions(
         ignore_index=ignore_index, reduction=reduction, token_weights=token_weights,
         num_items_in_batch=num_items_in_batch, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        logit_scale=logit_scale, return_stats=return_stats, validate=validate,
+        logit_scale=logit_scale, weighting=weighting, return_stats=return_stats, validate=validate,
     )  # fmt: skip
     return loss_of_logits(logits, targets, eta, options)
 
@@ -58,12 +61,16 @@ def loss_of_logits(
     token_options = options.for_tokens()
     check_tensors(logits, targets)
     eta = check_eta(eta, targets)
+    weighting = check_weighting(options.weighting, targets)
     options.check_reduction(targets)
     readable = logits.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(targets)
     if options.validate or readable:
-        check_values(targets, eta, token_options.ignore_index, logits.shape[-1])
+        check_values(targets, eta, weighting, token_options.ignore_index, logits.shape[-1])
 
-    loss, stats = token_losses(logits, targets, eta, token_options)
+    if not isinstance(weighting, Weighting):
+        _, stats = token_losses(logits.detach(), targets, eta, PROBABILITY, token_options)
+        weighting = Given(factor_of(weighting, stats, validate=options.validate))
+    loss, stats = token_losses(logits, targets, eta, weighting, token_options)
 
     valid = targets != token_options.ignore_index
     weights = torch.ones_like(loss) if options.token_weights is None else options.token_weights.detach().to(loss.dtype)
@@ -82,6 +89,7 @@ def token_losses(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
     eta: float | Tensor,
+    weighting: Weighting,
     options: TokenOptions,
 ) -> tuple[Tensor, MixCEStats]:
     """Each token's loss [...], differentiable any number of times, and its detached statistics.
@@ -107,16 +115,16 @@ def token_losses(
     s = torch.logsumexp(d, -1)
     lse = m.squeeze(-1) + s
     nll = s - d.gather(-1, index).squeeze(-1)
-    loss, q, w = mixture(nll, s - d.mean(-1) if options.label_smoothing > 0.0 else nll, lse, eta, options)
-    loss = loss * torch.where(valid & ~known, torch.nan, 1.0)
-
     with torch.no_grad():
         p = torch.exp(d - s.unsqueeze(-1))
         entropy = -torch.where(p == 0.0, 0.0, p * (d - s.unsqueeze(-1))).sum(-1)
-        correct = (logits.argmax(-1) == targets) & ~nll.isnan()
-        stats = torch.stack((nll, q, w, lse, entropy))
-        stats = torch.where(valid, torch.where(known, stats, torch.nan), 0.0)
-    return torch.where(valid, loss, 0.0), MixCEStats.of(stats, correct & valid & known)
+        correct = (logits.argmax(-1) == targets) & ~nll.isnan() & valid & known
+        stacked = torch.stack((nll, torch.exp(-nll), torch.ones_like(nll), lse, entropy, p.square().sum(-1)))
+        stats = MixCEStats.of(torch.where(valid, torch.where(known, stacked, torch.nan), 0.0), correct)
+    uniform_ce = s - d.mean(-1) if options.label_smoothing > 0.0 else nll
+    loss, weight = mixture(nll, uniform_ce, lse, eta, weighting, stats, options)
+    loss = loss * torch.where(valid & ~known, torch.nan, 1.0)
+    return torch.where(valid, loss, 0.0), stats._replace(weight=torch.where(valid, weight, 0.0))
 
 
 def mixture(
@@ -124,9 +132,11 @@ def mixture(
     uniform_ce: Tensor,  # [...], the mean of -log p over the vocabulary; not read without label smoothing
     lse: Tensor,  # [...]
     eta: float | Tensor,
+    weighting: Weighting,
+    stats: MixCEStats,  # detached, without the weight
     options: TokenOptions,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Each token's loss, q and weight, [...]."""
+) -> tuple[Tensor, Tensor]:
+    """Each token's loss and weight, [...]."""
     label_smoothing, z_loss = options.label_smoothing, options.z_loss
     ce = nll
     if label_smoothing == 1.0:
@@ -134,15 +144,15 @@ def mixture(
     elif label_smoothing > 0.0:
         # The same as nll + label_smoothing * (z_y - mean z), but without inf - inf where z_y and mean z are -inf.
         ce = (1.0 - label_smoothing) * nll + label_smoothing * uniform_ce
-    q = torch.exp(-nll.detach())
     if isinstance(eta, Tensor):
-        eta = eta.to(q.dtype)
-    w = eta + (1.0 - eta) * q
+        eta = eta.to(nll.dtype)
+    with torch.no_grad():
+        w = eta + (1.0 - eta) * weighting(stats)
     # At a weight of 0 the loss is its limit, 0, even where ce is infinite.
     loss = torch.where(w == 0.0, 0.0, torch.where(w == 0.0, 0.0, ce) * w)
     if z_loss > 0.0:
         loss = loss + z_loss * lse.square()
-    return loss, q, w
+    return loss, w
 
 
 def linear_mixce_loss_reference(
@@ -160,6 +170,7 @@ def linear_mixce_loss_reference(
     z_loss: float = 0.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    weighting: CustomWeighting = PROBABILITY,
     inplace_backward: bool = False,
     grad_in_forward: bool = False,
     return_stats: bool = False,
@@ -176,7 +187,7 @@ def linear_mixce_loss_reference(
     options = LossOptions(
         ignore_index=ignore_index, reduction=reduction, token_weights=token_weights,
         num_items_in_batch=num_items_in_batch, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-        logit_scale=logit_scale, return_stats=return_stats, validate=validate,
+        logit_scale=logit_scale, weighting=weighting, return_stats=return_stats, validate=validate,
     )  # fmt: skip
     LinearOptions(max_chunk_bytes, path).check(backend=None)
     return loss_of_hidden(hidden, weight, bias, targets, eta, options)

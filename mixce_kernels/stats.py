@@ -18,6 +18,7 @@ class TokenMeans(NamedTuple):
         weight: the token's weight in the mixture.
         lse: log-sum-exp of the logits, in nats.
         entropy: of the model's distribution, in nats.
+        collision: the probability that two draws from the model are the same token.
         accuracy: the share of tokens whose target is the first of the largest logits.
     """
 
@@ -27,6 +28,7 @@ class TokenMeans(NamedTuple):
     weight: Tensor
     lse: Tensor
     entropy: Tensor
+    collision: Tensor
     accuracy: Tensor
 
 
@@ -38,9 +40,10 @@ class MixCEStats(NamedTuple):
     Attributes:
         nll: negative log-likelihood of the target in nats, after `logit_scale` and `softcap`, without smoothing.
         q: the model's probability of the target, exp(-nll).
-        weight: eta + (1 - eta) * q, the token's weight in the mixture.
+        weight: eta + (1 - eta) * f, the token's weight in the mixture; f is q unless another weighting was asked for.
         lse: log-sum-exp of the scaled and capped logits, in nats.
         entropy: entropy of the model's distribution, in nats.
+        collision: sum_j p_j^2, the probability that two draws from the model are the same token.
         correct: bool, whether the target is the first of the largest logits; False in a row with NaN.
     """
 
@@ -49,6 +52,7 @@ class MixCEStats(NamedTuple):
     weight: Tensor
     lse: Tensor
     entropy: Tensor
+    collision: Tensor
     correct: Tensor
 
     @property
@@ -60,12 +64,11 @@ class MixCEStats(NamedTuple):
     def means(self) -> TokenMeans:
         """The means over the tokens that are not ignored, from float64 sums; does not synchronise with a GPU."""
         sums = [column.sum(dtype=torch.float64) for column in (*self, self.valid)]
-        nll, q, weight, lse, entropy, accuracy = (total / sums[-1] for total in sums[:-1])
-        means = (nll, nll.exp(), q, weight, lse, entropy, accuracy)
-        return TokenMeans(*(mean.to(self.nll.dtype) for mean in means))
+        nll, *others = (total / sums[-1] for total in sums[:-1])
+        return TokenMeans(*(mean.to(self.nll.dtype) for mean in (nll, nll.exp(), *others)))
 
     @classmethod
     def of(cls, stats: Tensor, correct: Tensor) -> MixCEStats:
         """From the stacked statistics [STATS_WIDTH, ...] in the order of the attributes, and `correct` [...]."""
-        nll, q, weight, lse, entropy = stats.unbind()
-        return cls(nll, q, weight, lse, entropy, correct)
+        nll, q, weight, lse, entropy, collision = stats.unbind()
+        return cls(nll, q, weight, lse, entropy, collision, correct)

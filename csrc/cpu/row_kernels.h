@@ -44,19 +44,20 @@ void forward_rows(const RowParams& p, const ForwardParams& f, bool streaming_sto
     const Real x_target = to_real(x[target]);
     const Real z_target = capped_scalar<V, T, kCap>(x_target, transform.softcap);
     const double s = log(stats.sums.sum_exp);
-    const double eta = eta_at<Real>(f, row);
+    const double sum_exp = stats.sums.sum_exp;
+    const RowSums sums = {s, transform.scale * (static_cast<double>(z_target) - stats.m),
+                          stats.sums.sum_shifted / p.vocab_size, s - stats.sums.sum_exp_shifted / sum_exp,
+                          stats.sums.sum_exp_squared / (sum_exp * sum_exp)};
     const auto terms =
-        token_terms<double>(stats.sums.m, s, transform.scale * (static_cast<double>(z_target) - stats.m),
-                            stats.sums.sum_shifted / p.vocab_size, eta, p.vocab_size, p.options);
+        token_terms<Real, double>(stats.sums.m, sums, mixture_at<Real>(p, f, row), p.vocab_size, p.options);
     Real state[kStateWidth];
     fill_state(stats.m, s, terms, state);
     store_loss(p, f, row, terms.loss, state);
     if (f.stats != nullptr) {
-      const double entropy = s - stats.sums.sum_exp_shifted / stats.sums.sum_exp;
       // An equal logit before the target beats it.
       bool first_of_largest = x_target == stats.raw_maximum;
       for (int64_t j = 0; first_of_largest && j < target; ++j) first_of_largest = to_real(x[j]) != x_target;
-      store_stats<Real>(p, f, row, terms, entropy, first_of_largest);
+      store_stats<Real>(p, f, row, terms, sums, first_of_largest);
     }
 
     // Pass 2.

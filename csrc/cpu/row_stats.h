@@ -103,11 +103,11 @@ constexpr int64_t kSumBlock = 32 * 2 * V::kWidth < kBlock ? 32 * 2 * V::kWidth :
 
 template <typename V>
 struct BlockSums {
-  typename V::Reg exp, shifted, exp_shifted;
+  typename V::Reg exp, shifted, exp_shifted, exp_squared;
 };
 
-// The exponentials of some logits relative to the finite reference `m`, and for label smoothing and entropy
-// (kMoments) the shifted logits and their products.
+// The exponentials of some logits relative to the finite reference `m`, and for label smoothing and
+// statistics (kMoments) the shifted logits, their products, and squares.
 template <typename V, bool kCap, bool kMoments>
 MIXCE_INLINE BlockSums<V> sums_of(typename V::Reg logits, typename V::Reg m,
                                   const Transform<typename V::Real>& transform,
@@ -116,7 +116,8 @@ MIXCE_INLINE BlockSums<V> sums_of(typename V::Reg logits, typename V::Reg m,
   const typename V::Reg d = V::sub(logits, m);
   const typename V::Reg e = exponential.of(d);
   // The clamp keeps 0 * -inf out; the second operand survives a NaN.
-  return {e, d, kMoments ? V::mul(e, V::max(V::set(static_cast<typename V::Real>(-1e30)), d)) : e};
+  const typename V::Reg clamped = V::max(V::set(static_cast<typename V::Real>(-1e30)), d);
+  return {e, d, kMoments ? V::mul(e, clamped) : e, kMoments ? V::mul(e, e) : e};
 }
 
 // Adds the first `lanes` lanes.
@@ -127,6 +128,7 @@ MIXCE_INLINE void add_lanes(const BlockSums<V>& sums, int64_t lanes, double scal
   if constexpr (kMoments) {
     part.sum_shifted += scale * lane_sum<V>(sums.shifted, lanes);
     part.sum_exp_shifted += scale * lane_sum<V>(sums.exp_shifted, lanes);
+    part.sum_exp_squared += lane_sum<V>(sums.exp_squared, lanes);
   }
 }
 
@@ -153,7 +155,7 @@ MIXCE_BLOCK void add_block(const T* x, int64_t size, typename V::Real m,
   using Reg = typename V::Reg;
   const Reg reference = V::set(m);
   // Apart, not in a struct, which would stay in memory.
-  Reg exp_sum = V::set(0), shifted_sum = exp_sum, exp_shifted_sum = exp_sum;
+  Reg exp_sum = V::set(0), shifted_sum = exp_sum, exp_shifted_sum = exp_sum, exp_squared_sum = exp_sum;
   PairMaximum<V, T> maximum = next_maximum;
   int64_t i = 0;
 #pragma GCC unroll 2
@@ -169,11 +171,13 @@ MIXCE_BLOCK void add_block(const T* x, int64_t size, typename V::Real m,
     if constexpr (kMoments) {
       shifted_sum = V::add(shifted_sum, V::add(sums_a.shifted, sums_b.shifted));
       exp_shifted_sum = V::add(exp_shifted_sum, V::add(sums_a.exp_shifted, sums_b.exp_shifted));
+      exp_squared_sum = V::add(exp_squared_sum, V::add(sums_a.exp_squared, sums_b.exp_squared));
     }
     if constexpr (kKeep) V::store_pair(kept + i, sums_a.exp, sums_b.exp);
   }
   next_maximum = maximum;
-  add_lanes<V, kMoments>({exp_sum, shifted_sum, exp_shifted_sum}, V::kWidth, transform.scale, part);
+  add_lanes<V, kMoments>({exp_sum, shifted_sum, exp_shifted_sum, exp_squared_sum}, V::kWidth, transform.scale,
+                         part);
   if (i < size) {
     add_end<V, T, kCap, kMoments, kKeep>(x + i, size - i, m, transform, exponential, kept + i, part);
   }

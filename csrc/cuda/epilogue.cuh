@@ -46,16 +46,18 @@ __device__ __forceinline__ void finish_row(const RowParams& p, const ForwardPara
   // A target out of range makes NaN of all that follows.
   const double s = known ? static_cast<double>(log(part.sums.sum_exp)) : NAN;
   const double mean_shifted = kMoments ? scale * part.sums.sum_shifted / p.vocab_size : 0;
-  const double eta = eta_at<Real>(f, row);
+  RowSums sums = {s, scale * (z_target - m), mean_shifted, 0, 0};
+  if constexpr (kMoments) {
+    const double sum_exp = part.sums.sum_exp;
+    sums.entropy = s - scale * part.sums.sum_exp_shifted / sum_exp;
+    sums.collision = part.sums.sum_exp_squared / (sum_exp * sum_exp);
+  }
   const auto terms =
-      token_terms<Real>(scale * m, s, scale * (z_target - m), mean_shifted, eta, p.vocab_size, p.options);
+      token_terms<Real, Real>(scale * m, sums, mixture_at<Real>(p, f, row), p.vocab_size, p.options);
   fill_state(part.sums.m, s, terms, state);
   if (!write) return;
   store_loss(p, f, row, terms.loss, state);
-  if (kMoments && f.stats != nullptr) {
-    const double entropy = s - scale * part.sums.sum_exp_shifted / part.sums.sum_exp;
-    store_stats<Real>(p, f, row, terms, entropy, !part.beaten);
-  }
+  if (kMoments && f.stats != nullptr) store_stats<Real>(p, f, row, terms, sums, !part.beaten);
 }
 
 }  // namespace mixce

@@ -34,6 +34,7 @@ __device__ __forceinline__ void add_partial(Partial<Real>& part, const Partial<R
   if constexpr (kMoments) {
     part.sums.sum_shifted += other.sums.sum_shifted;
     part.sums.sum_exp_shifted += other.sums.sum_exp_shifted;
+    part.sums.sum_exp_squared += other.sums.sum_exp_squared;
     part.sums.count += other.sums.count;
     part.beaten |= other.beaten;
   }
@@ -69,6 +70,7 @@ __device__ __forceinline__ void merge_warp(Partial<Real>& part, const Exponentia
     if constexpr (kMoments) {
       other.sums.sum_shifted = ptx::shuffle_xor<kLanes>(part.sums.sum_shifted);
       other.sums.sum_exp_shifted = ptx::shuffle_xor<kLanes>(part.sums.sum_exp_shifted);
+      other.sums.sum_exp_squared = ptx::shuffle_xor<kLanes>(part.sums.sum_exp_squared);
       other.sums.count = ptx::shuffle_xor<kLanes>(part.sums.count);
       other.beaten = ptx::shuffle_xor<kLanes>(part.beaten);
     }

@@ -91,19 +91,23 @@ struct Accumulator {
   // Sums of a vector first, in pairs: the running sum takes a step a vector, not a step a logit.
   template <int kCount>
   __device__ __forceinline__ void add_values(const Real (&x)[kCount]) {
-    Real e[kCount], d[kCount], products[kCount];
+    Real e[kCount], d[kCount], products[kCount], squares[kCount];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const Real z = kCap ? capped(x[k], softcap).value : x[k];
       d[k] = z - part.sums.m;
       e[k] = exponential(d[k]);
       // The clamp keeps 0 * -inf out; e still brings a NaN.
-      if constexpr (kMoments) products[k] = e[k] * fmax(d[k], static_cast<Real>(-1e30));
+      if constexpr (kMoments) {
+        products[k] = e[k] * fmax(d[k], static_cast<Real>(-1e30));
+        squares[k] = e[k] * e[k];
+      }
     }
     part.sums.sum_exp += tree_sum(e);
     if constexpr (kMoments) {
       part.sums.sum_shifted += tree_sum(d);
       part.sums.sum_exp_shifted += tree_sum(products);
+      part.sums.sum_exp_squared += tree_sum(squares);
       part.sums.count += kCount;
     }
   }

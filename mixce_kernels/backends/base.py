@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.shards import ShardKernels
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.reduction import Reduction
 
@@ -30,8 +31,7 @@ class Backend(Protocol):
         self,
         logits: Tensor,  # [..., V], last stride 1
         targets: Tensor,  # [...]
-        eta: Tensor | None,  # [...] of any float type, any strides
-        eta_value: float,  # used where eta is None
+        mixture: Mixture,  # eta of any float type, any strides
         options: TokenOptions,
         reduction: Reduction,
         results: Results,  # written

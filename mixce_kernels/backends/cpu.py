@@ -11,6 +11,7 @@ from torch import Tensor
 from mixce_kernels.backends import cpu_shards, native
 from mixce_kernels.backends.results import Results
 from mixce_kernels.checks import raise_bad_target
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.reduction import Reduction
 
@@ -38,8 +39,7 @@ def unavailable(logits: Tensor) -> str | None:
 def forward(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
-    eta: Tensor | None,  # [...]
-    eta_value: float,
+    mixture: Mixture,
     options: TokenOptions,
     reduction: Reduction,
     results: Results,
@@ -51,8 +51,7 @@ def forward(
     call, _kept = native.forward_call(
         logits=logits,
         targets=targets,
-        eta=eta,
-        eta_value=eta_value,
+        mixture=mixture,
         options=options,
         reduction=reduction,
         results=results,

@@ -8,6 +8,7 @@ from torch import Tensor
 from mixce_kernels.backends import native, native_shards
 from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.shards import Columns, ShardRows
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 
 if native.MISSING is None:
@@ -38,13 +39,12 @@ def write_message(
 def merge_messages(
     messages: Tensor,
     targets: Tensor,
-    eta: Tensor | None,
-    eta_value: float,
+    mixture: Mixture,
     options: TokenOptions,
     results: Results,
 ) -> int | None:
     """Loss, state and statistics of the whole rows, or the first that not just one rank holds: see `ShardKernels`."""
     targets = targets.contiguous()
-    params, _kept = native_shards.merge_params(messages, targets, eta, eta_value, options, results)
+    params, _kept = native_shards.merge_params(messages, targets, mixture, options, results)
     bad_row = _C.cpu_merge_messages(*params)
     return bad_row if bad_row >= 0 else None

@@ -19,6 +19,7 @@ from mixce_kernels.backends.cuda_launch import (
 from mixce_kernels.backends.devices import device_index, on_device, unsuited_to_cuda
 from mixce_kernels.backends.layout import aligned_alike, reachable_layout
 from mixce_kernels.backends.results import Results
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.reduction import Reduction
 
@@ -52,8 +53,7 @@ def unavailable(logits: Tensor) -> str | None:
 def forward(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
-    eta: Tensor | None,  # [...]
-    eta_value: float,
+    mixture: Mixture,
     options: TokenOptions,
     reduction: Reduction,
     results: Results,
@@ -77,8 +77,7 @@ def forward(
     call, _kept = native.forward_call(
         logits=logits,
         targets=targets,
-        eta=eta,
-        eta_value=eta_value,
+        mixture=mixture,
         options=options,
         reduction=reduction,
         results=results,

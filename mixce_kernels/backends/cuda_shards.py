@@ -9,6 +9,7 @@ from mixce_kernels.backends import native, native_shards
 from mixce_kernels.backends.devices import device_index, on_device
 from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.shards import Columns, ShardRows
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 
 if native.HAS_CUDA:
@@ -43,14 +44,13 @@ def write_message(
 def merge_messages(
     messages: Tensor,
     targets: Tensor,
-    eta: Tensor | None,
-    eta_value: float,
+    mixture: Mixture,
     options: TokenOptions,
     results: Results,
 ) -> None:
     """Loss, state and statistics of the whole rows: see `ShardKernels`."""
     targets = targets.contiguous()
-    params, _kept = native_shards.merge_params(messages, targets, eta, eta_value, options, results)
+    params, _kept = native_shards.merge_params(messages, targets, mixture, options, results)
     with on_device(targets):
         _C.cuda_merge_messages(*params, _launch(targets))
 

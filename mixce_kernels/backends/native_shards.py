@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixce_kernels.backends import native
-from mixce_kernels.backends.layout import entries
 from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.shards import IGNORED, Columns, ShardRows
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 
 if native.MISSING is None:
     from mixce_kernels import _C
+
+
+# Of a call that reads no mixture.
+_NO_MIXTURE = native.mixture_arguments(Mixture(), torch.float32)[0]
 
 
 def targets_params(
@@ -50,26 +55,25 @@ def message_params(
         message=message.data_ptr(),
     )
     state = None if results is None else results.state
-    return _tokens(targets, state, message.dtype, options), _results(results, None, 0, 0.0), to
+    return _tokens(targets, state, message.dtype, options), _results(results, eta_stride=0, **_NO_MIXTURE), to
 
 
 def merge_params(
     messages: Tensor,
     targets: Tensor,  # [...], contiguous
-    eta: Tensor | None,
-    eta_value: float,
+    mixture: Mixture,
     options: TokenOptions,
     results: Results,
-) -> tuple[tuple[_C.RowParams, _C.ForwardParams, _C.Messages], Tensor | None]:
-    """The arguments of `merge_messages`, and the etas that they point to: keep these until it has been launched."""
-    eta, eta_stride = (None, 0) if eta is None else entries(eta.to(results.loss.dtype))
+) -> tuple[tuple[_C.RowParams, _C.ForwardParams, _C.Messages], tuple[Tensor | None, ...]]:
+    """The arguments of `merge_messages`, and the tensors that they point to: keep these until it has been launched."""
+    mixed, eta_stride, kept = native.mixture_arguments(mixture, results.loss.dtype)
     ranks, length = messages.shape
     params = (
         _tokens(targets, results.state, messages.dtype, options),
-        _results(results, eta, eta_stride, eta_value),
+        _results(results, eta_stride=eta_stride, **mixed),
         _C.messages(messages=messages.data_ptr(), ranks=ranks, length=length),
     )
-    return params, eta
+    return params, kept
 
 
 def _tokens(targets: Tensor, state: Tensor | None, dtype: torch.dtype, options: TokenOptions) -> _C.RowParams:
@@ -87,12 +91,10 @@ def _tokens(targets: Tensor, state: Tensor | None, dtype: torch.dtype, options: 
     )
 
 
-def _results(results: Results | None, eta: Tensor | None, eta_stride: int, eta_value: float) -> _C.ForwardParams:
+def _results(results: Results | None, **mixture: Any) -> _C.ForwardParams:
     losses, stats, correct = (None,) * 3 if results is None else (results.losses, results.stats, results.correct)
     return _C.forward_params(
-        eta=0 if eta is None else eta.data_ptr(),
-        eta_stride=eta_stride,
-        eta_value=eta_value,
+        **mixture,
         losses=0 if losses is None else losses.data_ptr(),
         stats=0 if stats is None else stats.data_ptr(),
         correct=0 if correct is None else correct.data_ptr(),

@@ -10,9 +10,9 @@ from torch import Tensor
 from mixce_kernels.options import accumulate_dtype
 from mixce_kernels.reduction import Reduction
 
-# Numbers of a token: m, s, a, c, t, from which its gradient is made, and nll, q, weight, lse, entropy.
+# Numbers of a token: m, s, a, c, t, from which its gradient is made, and nll, q, weight, lse, entropy, collision.
 STATE_WIDTH = 5
-STATS_WIDTH = 5
+STATS_WIDTH = 6
 
 
 class Results(NamedTuple):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.backends.results import Results
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 
 HEADER = 3
@@ -61,8 +62,7 @@ class ShardKernels(Protocol):
         self,
         messages: Tensor,  # [ranks, HEADER + numbers_per_token * N], contiguous
         targets: Tensor,  # [...], of the whole vocabulary
-        eta: Tensor | None,  # [...] of any float type, any strides
-        eta_value: float,  # used where eta is None
+        mixture: Mixture,  # eta of any float type, any strides
         options: TokenOptions,
         results: Results,  # written
     ) -> int | None:
@@ -75,7 +75,7 @@ class ShardKernels(Protocol):
 
 def numbers_per_token(options: TokenOptions, with_stats: bool) -> int:
     """How many of them a message has."""
-    return 3 + (options.label_smoothing > 0) + with_stats + (with_stats and options.softcap is not None)
+    return 3 + (options.label_smoothing > 0) + 2 * with_stats + (with_stats and options.softcap is not None)
 
 
 def integers(dtype: torch.dtype) -> torch.dtype:

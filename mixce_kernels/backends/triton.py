@@ -13,11 +13,13 @@ from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.triton_arguments import (
     forward_launch,
     logits_grad_launch,
+    mixture_arguments,
     no_kernels,
     reduction_launch,
     scale_rows_launch,
 )
 from mixce_kernels.backends.triton_launch import VECTOR_BYTES
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.reduction import Reduction
 
@@ -33,8 +35,7 @@ def unavailable(logits: Tensor) -> str | None:
 def forward(
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
-    eta: Tensor | None,  # [...]
-    eta_value: float,
+    mixture: Mixture,
     options: TokenOptions,
     reduction: Reduction,
     results: Results,
@@ -44,7 +45,7 @@ def forward(
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     rows, results = reachable_layout(logits), results.with_losses(targets)
     if rows.number > 0:
-        _forward_rows(logits, rows, targets, eta, eta_value, options, results, token_scale, grad_logits)
+        _forward_rows(logits, rows, targets, mixture, options, results, token_scale, grad_logits)
     if not reduction.is_identity:
         reduce(targets, options.ignore_index, reduction, results.losses, results.loss, results.token_scale)
 
@@ -53,8 +54,7 @@ def _forward_rows(
     logits: Tensor,  # [..., V]
     rows: RowLayout,
     targets: Tensor,  # [...]
-    eta: Tensor | None,  # [...]
-    eta_value: float,
+    mixture: Mixture,
     options: TokenOptions,
     results: Results,
     token_scale: Tensor | None,  # [] or [...]
@@ -63,7 +63,6 @@ def _forward_rows(
     losses, stats, has_grad = results.losses, results.stats, grad_logits is not None
     assert losses is not None
     grad_logits, grad_rows, same_window = _grad_layout(logits, rows, grad_logits)
-    eta_entries, eta_stride = (losses, 0) if eta is None else entries(eta)
     token_scale, token_scale_stride = (None, 0) if token_scale is None else entries(token_scale)
     with on_device(logits):
         launch = forward_launch(
@@ -80,7 +79,6 @@ def _forward_rows(
         launch(
             logits_ptr=logits,
             targets_ptr=targets.contiguous(),
-            eta_ptr=eta_entries,
             loss_ptr=losses,
             state_ptr=results.state,
             stats_ptr=losses if stats is None else stats,
@@ -88,10 +86,8 @@ def _forward_rows(
             token_scale_ptr=token_scale,
             grad_ptr=grad_logits,
             partial_ptr=losses.new_empty(launch.n_partials) if launch.n_partials > 0 else losses,
-            eta_stride=eta_stride,
             token_scale_stride=token_scale_stride,
-            eta_value=eta_value,
-            HAS_ETA=eta is not None,
+            **mixture_arguments(mixture, losses),
         )
     if launch.grad_apart:
         assert results.state is not None

@@ -11,9 +11,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from mixce_kernels.backends.devices import WARP_SIZE
-from mixce_kernels.backends.layout import RowLayout
+from mixce_kernels.backends.layout import RowLayout, entries
 from mixce_kernels.backends.triton_launch import (
     TileConfig,
     merge_config,
@@ -22,6 +23,7 @@ from mixce_kernels.backends.triton_launch import (
     split_config,
     tile_config,
 )
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 
 # Columns are counted in 31 bits, a block of them past a row's end included.
@@ -61,6 +63,22 @@ def statistics_arguments(options: TokenOptions, with_stats: bool) -> dict[str, A
 def loss_arguments(options: TokenOptions) -> dict[str, float]:
     """The arguments of the epilogue that only the loss of a token needs."""
     return {"label_smoothing": options.label_smoothing, "z_loss": options.z_loss}
+
+
+def mixture_arguments(mixture: Mixture, anything: Tensor) -> dict[str, Any]:
+    """The arguments of a mixture of tokens [N]; where there is no tensor of etas, any address will do."""
+    eta, eta_value, weighting, parameters, first, second = mixture
+    eta_entries, eta_stride = (anything, 0) if eta is None else entries(eta)
+    return {
+        "eta_ptr": eta_entries,
+        "parameters_ptr": None if parameters is None else parameters.contiguous(),
+        "eta_stride": eta_stride,
+        "eta_value": eta_value,
+        "weighting": weighting,
+        "first": first,
+        "second": second,
+        "HAS_ETA": eta is not None,
+    }
 
 
 def gradient_arguments(options: TokenOptions) -> dict[str, Any]:

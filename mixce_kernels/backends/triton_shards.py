@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.backends.devices import WARP_SIZE, on_device
-from mixce_kernels.backends.layout import entries
 from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.shards import HEADER, Columns, ShardRows, integers
-from mixce_kernels.backends.triton_arguments import Launch, kernels, loss_arguments, statistics_arguments
+from mixce_kernels.backends.triton_arguments import (
+    Launch,
+    kernels,
+    loss_arguments,
+    mixture_arguments,
+    statistics_arguments,
+)
 from mixce_kernels.backends.triton_launch import register_arguments
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 
 # Few, so that the tokens of a batch reach every multiprocessor: a thread waits for memory most of the time.
@@ -63,29 +69,27 @@ def write_message(
 def merge_messages(
     messages: Tensor,
     targets: Tensor,
-    eta: Tensor | None,
-    eta_value: float,
+    mixture: Mixture,
     options: TokenOptions,
     results: Results,
 ) -> None:
     """Loss, state and statistics of the whole rows: see `ShardKernels`."""
     if targets.numel() == 0:
         return
-    eta_entries, eta_stride = (messages, 0) if eta is None else entries(eta)
+    mixed = mixture_arguments(mixture, messages)
+    has_eta = mixed.pop("HAS_ETA")
     ranks, length = messages.shape
     losses, _, stats, correct = _addresses(results, messages)
     with on_device(messages):
-        _merge_launch(targets.numel(), ranks, length, options, results.stats is not None, eta is not None)(
+        _merge_launch(targets.numel(), ranks, length, options, results.stats is not None, has_eta)(
             messages_ptr=messages,
             headers_ptr=messages.view(integers(messages.dtype)),
             targets_ptr=targets.contiguous(),
-            eta_ptr=eta_entries,
             loss_ptr=losses,
             state_ptr=results.state,
             stats_ptr=stats,
             correct_ptr=correct,
-            eta_stride=eta_stride,
-            eta_value=eta_value,
+            **mixed,
         )
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.backends.base import Backend
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.reference import token_losses
 from mixce_kernels.stats import MixCEStats
@@ -21,7 +22,7 @@ class CallFacts(NamedTuple):
 
     tokens: int
     dtype: torch.dtype
-    eta: float | Tensor
+    mixture: Mixture
     options: TokenOptions
     return_stats: bool
     hidden_size: int = 0  # 0: the call has logits
@@ -38,11 +39,11 @@ class Vocabulary:
         self,
         logits: Tensor,  # [..., V]
         targets: Tensor,  # [...]
-        eta: float | Tensor,
+        mixture: Mixture,
         options: TokenOptions,
     ) -> tuple[Tensor, MixCEStats]:
         """Each token's loss [...] by the plain formula, for second derivatives; see `reference.token_losses`."""
-        return token_losses(logits, targets, eta, options)
+        return token_losses(logits, targets, mixture.eta_of_tokens(), mixture.function(), options)
 
     def sizes(self, facts: CallFacts, weight: Tensor, *, again: bool = False) -> tuple[int, int]:
         """The number of columns of the vocabulary, and of those that chunks of logits are sized for.

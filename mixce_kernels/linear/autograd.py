@@ -122,8 +122,7 @@ def _differentiable_grads(call: LinearCall, upstream: Tensor, wanted: list[bool]
         hidden = vocabulary.shared(one.hidden, call.dtype)
         valid = call.targets != call.options.ignore_index
         logits = linear_logits(hidden, one.weight, one.bias, valid, call.compute_dtype)
-        eta = call.eta_value if call.eta is None else call.eta
-        losses, _ = vocabulary.token_losses(logits, call.targets, eta, call.options)
+        losses, _ = vocabulary.token_losses(logits, call.targets, call.mixture, call.options)
         upstream = upstream.to(losses.dtype).expand(losses.shape)
         found = torch.autograd.grad(losses, list(leaves.values()), upstream, create_graph=True)
         return dict(zip(leaves, found, strict=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 from mixce_kernels import backends
 from mixce_kernels.backends.results import Results, empty_results
 from mixce_kernels.linear.matmul import Products, padded_empty, products
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions, accumulate_dtype
 from mixce_kernels.reduction import NO_REDUCTION, Reduction
 
@@ -38,8 +39,7 @@ class LinearCall(NamedTuple):
     weight: Tensor  # [V, D]
     bias: Tensor | None  # [V]
     targets: Tensor  # [N]
-    eta: Tensor | None  # [N]
-    eta_value: float  # used where eta is None
+    mixture: Mixture  # of [N]
     options: TokenOptions
     reduction: Reduction
     compute_dtype: torch.dtype  # of the products' operands
@@ -106,11 +106,11 @@ def forward(
             with_state=results.state is not None,
             with_stats=results.stats is not None,
         )
-        eta = None if call.eta is None else chunk.of(call.eta)
         grad_logits = chunk.logits if wants_grads else None
         kernels.forward(
-            chunk.logits, chunk.targets, eta, call.eta_value, call.options, NO_REDUCTION, part, chunk.scale, grad_logits
-        )
+            chunk.logits, chunk.targets, call.mixture.of_rows(chunk.rows), call.options, NO_REDUCTION, part,
+            chunk.scale, grad_logits,
+        )  # fmt: skip
         of_chunk = [one for one in (part.losses, part.state, part.stats, part.correct) if one is not None]
         for one, its_part in zip(of_tokens, of_chunk, strict=True):
             one[..., chunk.rows] = its_part

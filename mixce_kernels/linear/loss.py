@@ -14,9 +14,11 @@ from mixce_kernels.checks import check_linear_tensors, check_values
 from mixce_kernels.linear import autograd, tiles
 from mixce_kernels.linear.chunks import LinearCall
 from mixce_kernels.linear.ops import LinearForward, LinearForwardWithGrad
+from mixce_kernels.mixture import Mixture, check_weighting, factor_of, needs_sums
 from mixce_kernels.options import LinearOptions, LossOptions, TokenOptions, accumulate_dtype, check_eta
-from mixce_kernels.reduction import Reduction
+from mixce_kernels.reduction import NO_REDUCTION, Reduction
 from mixce_kernels.stats import MixCEStats
+from mixce_kernels.weightings import CustomWeighting, Given, Weighting
 
 
 class Checked(NamedTuple):
@@ -25,6 +27,7 @@ class Checked(NamedTuple):
     token_options: TokenOptions
     compute_dtype: torch.dtype  # of the products' operands
     eta: float | Tensor  # a number or of targets' shape
+    weighting: CustomWeighting
 
 
 def linear_mixce_loss(
@@ -42,7 +45,7 @@ def linear_mixce_loss(
     if backend == "reference":
         return reference.loss_of_hidden(hidden, weight, bias, targets, found.eta, options)
     if options.validate:
-        check_values(targets, found.eta, found.token_options.ignore_index, weight.shape[0])
+        check_values(targets, found.eta, found.weighting, found.token_options.ignore_index, weight.shape[0])
     return fused_loss(hidden, weight, bias, targets, options, linear, found, backend=backend)
 
 
@@ -61,9 +64,10 @@ def checked(
     token_options = options.for_tokens()
     compute_dtype = check_linear_tensors(hidden, weight, bias, targets, autocast_dtype(hidden), sharded=sharded)
     eta = check_eta(eta, targets)
+    weighting = check_weighting(options.weighting, targets)
     options.check_reduction(targets)
     linear.check(options.backend, sharded=sharded)
-    return Checked(token_options, compute_dtype, eta)
+    return Checked(token_options, compute_dtype, eta, weighting)
 
 
 def resolve(hidden: Tensor, weight: Tensor, options: LossOptions, linear: LinearOptions, found: Checked) -> str:
@@ -90,14 +94,12 @@ def fused_loss(
 ) -> Tensor | tuple[Tensor, MixCEStats]:
     """The loss by a backend's kernels, of arguments that were checked before."""
     reduction = Reduction.of(options, targets)
-    eta_tensor, eta_value = (found.eta.reshape(-1), 0.0) if isinstance(found.eta, Tensor) else (None, found.eta)
     call = LinearCall(
         hidden=hidden.reshape(-1, hidden.shape[-1]),
         weight=weight,
         bias=bias,
         targets=targets.reshape(-1),
-        eta=eta_tensor,
-        eta_value=eta_value,
+        mixture=Mixture(),
         options=found.token_options,
         reduction=reduction._replace(weights=None if reduction.weights is None else reduction.weights.reshape(-1)),
         compute_dtype=found.compute_dtype,
@@ -107,14 +109,33 @@ def fused_loss(
         path=linear.path,
         backend=backend,
     )
+    weighting = found.weighting
+    if not isinstance(weighting, Weighting):
+        weighting = Given(factor_of(weighting, _statistics(call, targets), validate=options.validate))
+    mixture = Mixture.of(found.eta, weighting, targets, accumulate_dtype(found.compute_dtype))
+    call = call._replace(mixture=mixture.flat())
+    with_stats = options.return_stats or needs_sums(weighting)
     wanted = [one is not None and one.requires_grad and torch.is_grad_enabled() for one in (hidden, weight, bias)]
     if linear.path == "chunks" and reduction.sums and any(wanted):
-        loss, _, _, stats, correct, *_ = autograd.linear_forward_with_grad(
-            LinearForwardWithGrad(call, options.return_stats, wanted)
-        )
+        found_results = autograd.linear_forward_with_grad(LinearForwardWithGrad(call, with_stats, wanted))
+        loss, _, _, stats, correct, *_ = found_results
     else:
-        loss, _, _, stats, correct = autograd.linear_forward(LinearForward(call, options.return_stats))
+        loss, _, _, stats, correct = autograd.linear_forward(LinearForward(call, with_stats))
         loss = loss if reduction.sums else loss.reshape(targets.shape)
-    if not options.return_stats:
-        return loss
-    return loss, MixCEStats.of(stats.reshape(STATS_WIDTH, *targets.shape), correct.reshape(targets.shape))
+    return (loss, _of_tokens(stats, correct, targets)) if options.return_stats else loss
+
+
+def _statistics(call: LinearCall, targets: Tensor) -> MixCEStats:
+    """The tokens' statistics, by a pass of their own without a graph: what a function of the caller's weighs by."""
+    call = call._replace(
+        hidden=call.hidden.detach(), weight=call.weight.detach(),
+        bias=None if call.bias is None else call.bias.detach(), reduction=NO_REDUCTION,
+    )  # fmt: skip
+    with torch.no_grad():
+        _, _, _, stats, correct = autograd.linear_forward(LinearForward(call, with_stats=True))
+    return _of_tokens(stats, correct, targets)
+
+
+def _of_tokens(stats: Tensor, correct: Tensor, targets: Tensor) -> MixCEStats:
+    """Statistics [STATS_WIDTH, N] of tokens `targets` [...]."""
+    return MixCEStats.of(stats.reshape(STATS_WIDTH, *targets.shape), correct.reshape(targets.shape))

@@ -60,7 +60,7 @@ def linear_forward(args: LinearForward) -> tuple[Tensor | None, ...]:
     call, results = args.call, _empty_results(args).with_losses(args.call.targets)
     with without_autocast(call.hidden):
         if call.path == "tiles":
-            tiles.forward(*call.operands(), call.eta, call.eta_value, call.options, results)
+            tiles.forward(*call.operands(), call.mixture, call.options, results)
         else:
             chunks.forward(call, _columns_of_chunks(args), results, None, Grads(None, None, None))
     _reduce(args, results)
@@ -124,9 +124,8 @@ def _columns_of_chunks(args: LinearForward | LinearForwardWithGrad) -> int:
 
 def _facts(call: LinearCall, with_stats: bool) -> CallFacts:
     tokens, hidden_size = call.hidden.shape
-    eta = call.eta_value if call.eta is None else call.eta
     return CallFacts(
-        tokens, call.compute_dtype, eta, call.options, with_stats, hidden_size, call.max_chunk_bytes
+        tokens, call.compute_dtype, call.mixture, call.options, with_stats, hidden_size, call.max_chunk_bytes
     )  # fmt: skip
 
 

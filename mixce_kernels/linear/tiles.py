@@ -15,11 +15,13 @@ from mixce_kernels.backends.triton_arguments import (
     gradient_arguments,
     kernels,
     loss_arguments,
+    mixture_arguments,
     no_kernels,
     statistics_arguments,
 )
 from mixce_kernels.backends.triton_launch import VECTOR_BYTES
 from mixce_kernels.linear.tiles_launch import depth_arguments, forward_config, grad_config
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 
 
@@ -33,8 +35,7 @@ def forward(
     weight: Tensor,  # [V, D]
     bias: Tensor | None,  # [V]
     targets: Tensor,  # [N]
-    eta: Tensor | None,  # [N]
-    eta_value: float,
+    mixture: Mixture,  # of [N]
     options: TokenOptions,
     results: Results,  # written: state, and tokens' losses and statistics
 ) -> None:
@@ -46,7 +47,6 @@ def forward(
         return
     linear_forward = kernels("linear_forward")
     targets = targets.contiguous()
-    eta_entries, eta_stride = (losses, 0) if eta is None else entries(eta)
     aligned = _aligned(hidden, weight)
     statistics = statistics_arguments(options, stats is not None)
     with_options = statistics["CAP"] or statistics["SMOOTH"] or statistics["STATS"]
@@ -74,16 +74,13 @@ def forward(
             **config.tiles.arguments(),
         )
         linear_forward.linear_merge_kernel[(-(-n_rows // config.merge_rows),)](
-            eta_ptr=eta_entries,
             loss_ptr=losses,
             state_ptr=state,
             stats_ptr=losses if stats is None else stats,
             correct_ptr=losses if correct is None else correct,
-            eta_stride=eta_stride,
-            eta_value=eta_value,
-            HAS_ETA=eta is not None,
             **shared,
             **loss_arguments(options),
+            **mixture_arguments(mixture, losses),
             **config.merge_arguments(),
         )
 

@@ -27,14 +27,17 @@ def _keep(ctx: Any, args: Forward | ForwardWithGrad, output: tuple[Tensor | None
     _, token_scale, state, *_ = output
     ctx.mark_non_differentiable(*[one for one in output[1:] if one is not None])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(args.logits, args.targets, state, token_scale, args.eta)
-    ctx.constants = args.eta_value, args.options, args.backend
+    eta, parameters = args.mixture.tensors()
+    ctx.save_for_backward(args.logits, args.targets, state, token_scale, eta, parameters)
+    ctx.constants = args.mixture.with_tensors(None, None), args.options, args.backend
 
 
 def _kept(ctx: Any, grad_loss: Tensor) -> LogitsGrad:
     """The gradient's arguments, for the upstream gradient of the loss."""
-    logits, targets, state, token_scale, eta = ctx.saved_tensors
-    return LogitsGrad(logits, targets, state, grad_loss, given(token_scale), eta, *ctx.constants)
+    logits, targets, state, token_scale, *tensors = ctx.saved_tensors
+    mixture, options, backend = ctx.constants
+    mixture = mixture.with_tensors(*tensors)
+    return LogitsGrad(logits, targets, state, grad_loss, given(token_scale), mixture, options, backend)
 
 
 def _forward_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> Grads:
@@ -66,8 +69,7 @@ def _logits_grad_backward(ctx: Any, grad_output: Tensor) -> Grads:
             logits, grad_loss = logits.detach(), grad_loss.detach()
         # Views of their own: autograd.grad below must stop here.
         logits, grad_loss = (tensor.view_as(tensor).requires_grad_() for tensor in (logits, grad_loss))
-        eta = args.eta_value if args.eta is None else args.eta
-        losses, _ = backends.vocabulary(args.backend).token_losses(logits, args.targets, eta, args.options)
+        losses, _ = backends.vocabulary(args.backend).token_losses(logits, args.targets, args.mixture, args.options)
         upstream = grad_loss if args.token_scale is None else grad_loss * args.token_scale
         upstream = upstream.to(losses.dtype).expand(losses.shape)
         (grad_logits,) = torch.autograd.grad(losses, logits, upstream, create_graph=True)
@@ -145,10 +147,12 @@ def _folded(operator: Differentiable[Any], size: int, dims: dict[str, int | None
 
     The body of the loss reduces nothing in an operator that `torch.func` transforms.
     """
+    fields = operator.fields
+    values = dict(zip(fields.names, fields.flat(args), strict=True))
     tensors = {
-        # The state's dimensions of tokens come after its own.
-        name: _with_dim(value, dims[name], size, at=int(name == "state"))
-        for name, value in args._asdict().items()
+        # The dimensions of tokens come after those of the state and the parameters.
+        name: _with_dim(value, dims[name], size, at=int(name in ("state", "parameters")))
+        for name, value in values.items()
         if isinstance(value, Tensor)
     }
     shape = tensors["targets"].shape
@@ -158,7 +162,7 @@ def _folded(operator: Differentiable[Any], size: int, dims: dict[str, int | None
         tensors[name] = tensors[name].expand(shape)
     if layout_of(tensors["logits"]) is None:
         tensors["logits"] = tensors["logits"].contiguous()
-    result = operator(args._replace(**tensors))
+    result = operator(fields.of(tuple((values | tensors).values())))
     if isinstance(result, Tensor):
         return result, 0
     # Loss, token_scale, state, statistics, correct; those that were not asked for are [0].

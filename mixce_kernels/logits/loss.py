@@ -11,9 +11,11 @@ from mixce_kernels.checks import check_tensors, check_values, is_unwrapped
 from mixce_kernels.logits import autograd
 from mixce_kernels.logits.ops import Forward, ForwardWithGrad
 from mixce_kernels.logits.overwriting import check_overwritable, hooks_on_saved_tensors, is_transformed
-from mixce_kernels.options import LossOptions, TokenOptions, check_eta
+from mixce_kernels.mixture import Mixture, check_weighting, factor_of, needs_sums
+from mixce_kernels.options import LossOptions, TokenOptions, accumulate_dtype, check_eta
 from mixce_kernels.reduction import NO_REDUCTION, Reduction
 from mixce_kernels.stats import MixCEStats
+from mixce_kernels.weightings import Given, Weighting
 
 
 def mixce_loss(
@@ -28,12 +30,13 @@ def mixce_loss(
         check_overwritable(logits)
     check_tensors(logits, targets)
     eta = check_eta(eta, targets)
+    options = options._replace(weighting=check_weighting(options.weighting, targets))
     options.check_reduction(targets)
     backend = backends.resolve(options.backend, logits)
     if backend == "reference":
         return reference.loss_of_logits(logits, targets, eta, options)
     if options.validate:
-        check_values(targets, eta, token_options.ignore_index, logits.shape[-1])
+        check_values(targets, eta, options.weighting, token_options.ignore_index, logits.shape[-1])
     return fused_loss(logits, targets, eta, options, token_options, backend)
 
 
@@ -51,32 +54,46 @@ def fused_loss(
         logits = materialized(logits)
     if not logits.is_contiguous() and logits.shape[-1] > 0 and layout_of(logits) is None:
         logits = logits.contiguous()
-    eta_tensor, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
     # What a transformation batches are tokens' losses: PyTorch reduces them.
     functional = torch._C._are_functorch_transforms_active()
     in_kernels = NO_REDUCTION if functional else reduction
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
     inplace = options.inplace_backward and wants_grad and _may_overwrite(logits, targets, eta)
+    with_stats = options.return_stats or needs_sums(options.weighting)
+    weighting = options.weighting
+    if not isinstance(weighting, Weighting):
+        found = _statistics(logits, targets, token_options, backend)
+        weighting = Given(factor_of(weighting, found, validate=options.validate))
+    mixture = Mixture.of(eta, weighting, targets, accumulate_dtype(logits.dtype))
 
     if options.grad_in_forward and wants_grad and not functional:
         # The gradient is final only if every factor of a token is known before the kernel runs.
         overwrite = inplace and hooks_on_saved_tensors() is None
         call = autograd.forward_with_grad_inplace if overwrite else autograd.forward_with_grad
         loss, _, _, stats, correct, *_ = call(
-            ForwardWithGrad(
-                logits, targets, eta_tensor, eta_value, token_options, in_kernels, options.return_stats, backend
-            )
+            ForwardWithGrad(logits, targets, mixture, token_options, in_kernels, with_stats, backend)
         )
     else:
         loss, _, _, stats, correct = autograd.forward(
             Forward(
-                logits, targets, eta_tensor, eta_value, token_options, in_kernels, wants_grad or functional,
-                options.return_stats, inplace, backend,
+                logits, targets, mixture, token_options, in_kernels, wants_grad or functional, with_stats, inplace,
+                backend,
             )
         )  # fmt: skip
     if functional:
         loss = reduction.apply(loss, targets, token_options.ignore_index)
     return (loss, MixCEStats.of(stats, correct)) if options.return_stats else loss
+
+
+def _statistics(logits: Tensor, targets: Tensor, token_options: TokenOptions, backend: str) -> MixCEStats:
+    """The tokens' statistics, by a pass of their own without a graph: what a function of the caller's weighs by."""
+    with torch.no_grad():
+        call = Forward(
+            logits.detach(), targets, Mixture(), token_options, NO_REDUCTION, with_state=False, with_stats=True,
+            inplace_backward=False, backend=backend,
+        )  # fmt: skip
+        _, _, _, stats, correct = autograd.forward(call)
+    return MixCEStats.of(stats, correct)
 
 
 def _may_overwrite(logits: Tensor, targets: Tensor, eta: float | Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch.autograd.graph import increment_version
 
 from mixce_kernels import backends
 from mixce_kernels.backends.results import Results, empty_results
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.operators import Operator
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.reduction import Reduction
@@ -30,8 +31,7 @@ class Forward(NamedTuple):
 
     logits: Tensor  # [..., V]
     targets: Tensor  # [...]
-    eta: Tensor | None  # [...]
-    eta_value: float  # used where eta is None
+    mixture: Mixture
     options: TokenOptions
     reduction: Reduction
     with_state: bool  # whether a gradient may follow
@@ -41,15 +41,14 @@ class Forward(NamedTuple):
 
 
 class LogitsGrad(NamedTuple):
-    """The arguments of `logits_grad`; eta is for the second derivative alone."""
+    """The arguments of `logits_grad`; the mixture is for the second derivative alone."""
 
     logits: Tensor  # [..., V]
     targets: Tensor  # [...]
     state: Tensor  # [STATE_WIDTH, ...]
     grad_loss: Tensor  # [] or [...]
     token_scale: Tensor | None  # [] or [...]
-    eta: Tensor | None  # [...]
-    eta_value: float
+    mixture: Mixture
     options: TokenOptions
     backend: str
 
@@ -71,8 +70,7 @@ class ForwardWithGrad(NamedTuple):
 
     logits: Tensor  # [..., V]
     targets: Tensor  # [...]
-    eta: Tensor | None  # [...]
-    eta_value: float
+    mixture: Mixture
     options: TokenOptions
     reduction: Reduction
     with_stats: bool
@@ -92,9 +90,7 @@ class ScaleRows(NamedTuple):
 def forward(args: Forward) -> tuple[Tensor | None, ...]:
     results = _empty_results(args, args.with_state)
     kernels = backends.vocabulary(args.backend).kernels
-    kernels.forward(
-        args.logits, args.targets, args.eta, args.eta_value, args.options, args.reduction, results, None, None
-    )
+    kernels.forward(args.logits, args.targets, args.mixture, args.options, args.reduction, results, None, None)
     return results.returned()
 
 
@@ -141,7 +137,7 @@ def _forward_into(args: ForwardWithGrad, grad_logits: Tensor) -> tuple[Tensor | 
         # Every factor of a token must be known before its row is read.
         kernels.reduce(args.targets, args.options.ignore_index, args.reduction, None, None, token_scale)
     kernels.forward(
-        args.logits, args.targets, args.eta, args.eta_value, args.options, args.reduction,
+        args.logits, args.targets, args.mixture, args.options, args.reduction,
         results._replace(token_scale=None), token_scale, grad_logits,
     )  # fmt: skip
     return results.returned()

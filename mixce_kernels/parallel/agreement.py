@@ -14,6 +14,7 @@ from torch import Tensor
 from mixce_kernels.backends.shards import Columns
 from mixce_kernels.options import LOGITS_DTYPES, REDUCTIONS
 from mixce_kernels.parallel.collectives import all_gather
+from mixce_kernels.weightings import KINDS
 
 
 class Layout(NamedTuple):
@@ -181,6 +182,8 @@ def check_partition(ranges: list[Columns], vocab_size: int | None) -> None:
 _NAMES = {
     "tokens": "number of tokens",
     "return_stats": "answer to return_stats",
+    "first": "first parameter of the weighting",
+    "second": "second parameter of the weighting",
     "hidden_size": "hidden size",
     "hidden_grad": "answer to whether the hidden states require a gradient",
     "reference": "answer to backend='reference'",
@@ -192,6 +195,8 @@ def _shown(name: str, own: Any, number: float) -> str:
     """What a rank's number says, of a fact that is `own` here."""
     if number == _NONE:
         return "None"
+    if name == "weighting":
+        return KINDS[int(number)].__name__
     if name == "token_weights":
         return "some" if number else "none"
     if isinstance(own, bool):

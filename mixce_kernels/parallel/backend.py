@@ -5,7 +5,7 @@
                      -> m, s of the whole row, loss, a, c, t      `merge_messages`, the same on every rank
     a rank's columns -> their gradient                   the other backend's logits_grad
 
-A rank sends 3 numbers a token, one more with label smoothing, and one with statistics (two with a softcap); and 3
+A rank sends 3 numbers a token, one more with label smoothing, and two with statistics (three with a softcap); and 3
 integers a call, which tell the ranks that they are making the same call.
 """
 
@@ -21,6 +21,7 @@ from mixce_kernels.backends.results import Results, empty_results
 from mixce_kernels.backends.shards import HEADER, IGNORED, Columns, ShardKernels, ShardRows, integers, numbers_per_token
 from mixce_kernels.backends.vocabulary import CallFacts, Vocabulary
 from mixce_kernels.checks import raise_bad_target
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel import agreement
 from mixce_kernels.parallel.agreement import Signature
@@ -39,9 +40,9 @@ class ShardVocabulary(Vocabulary):
         self.shard = shard
 
     def token_losses(
-        self, logits: Tensor, targets: Tensor, eta: float | Tensor, options: TokenOptions
+        self, logits: Tensor, targets: Tensor, mixture: Mixture, options: TokenOptions
     ) -> tuple[Tensor, MixCEStats]:
-        return sharded_token_losses(self.shard, logits, targets, eta, options)
+        return sharded_token_losses(self.shard, logits, targets, mixture.eta_of_tokens(), mixture.function(), options)
 
     def sizes(self, facts: CallFacts, weight: Tensor, *, again: bool = False) -> tuple[int, int]:
         """The size of the vocabulary, and of the widest shard: nominally, if the size is known without asking.
@@ -96,8 +97,7 @@ class ShardBackend:
         self,
         logits: Tensor,  # [..., columns]
         targets: Tensor,  # [...], of the whole vocabulary
-        eta: Tensor | None,  # [...]
-        eta_value: float,
+        mixture: Mixture,
         options: TokenOptions,
         reduction: Reduction,
         results: Results,
@@ -112,14 +112,14 @@ class ShardBackend:
         """
         shard, group = self.shard, self.shard.group
         results, with_stats = results.with_losses(targets), results.stats is not None
-        facts = CallFacts(targets.numel(), logits.dtype, eta_value if eta is None else eta, options, with_stats)
+        facts = CallFacts(targets.numel(), logits.dtype, mixture, options, with_stats)
         signature = shard.signature(logits.shape[-1], facts)
         if shard.check_group:
             agreement.meet(signature, group, logits)
         messages = all_gather(self._message(logits, targets, options, signature, results), group)
         if shard.check_group and self.checks_targets:
             _check_headers(_headers(messages), signature, group)
-        not_held = self.shards.merge_messages(messages, targets, eta, eta_value, options, results)
+        not_held = self.shards.merge_messages(messages, targets, mixture, options, results)
         if not_held is not None:
             _raise_not_held(not_held, messages, targets, options.ignore_index)
         if not reduction.is_identity:
@@ -188,13 +188,13 @@ class ShardBackend:
         # With eta = 1 the loss is the cross-entropy: nll, or with a smoothing of 1 what the mean is made from.
         alone = TokenOptions(IGNORED, float(smooth), 0.0, options.softcap, options.logit_scale)
         results = empty_results(logits, targets, NO_REDUCTION, with_state=True, with_stats=smooth or with_stats)
-        self.backend.forward(logits, local, None, 1.0, alone, NO_REDUCTION, results, None, None)
+        self.backend.forward(logits, local, Mixture(), alone, NO_REDUCTION, results, None, None)
         if not with_stats or options.softcap is None:
             return ShardRows(results, None)
         # A softcap may make different logits equal: the largest before it is that of a forward without one.
         uncapped = empty_results(logits, targets, NO_REDUCTION, with_state=True, with_stats=False)
         uncapped_options = TokenOptions(IGNORED)
-        self.backend.forward(logits, local, None, 1.0, uncapped_options, NO_REDUCTION, uncapped, None, None)
+        self.backend.forward(logits, local, Mixture(), uncapped_options, NO_REDUCTION, uncapped, None, None)
         return ShardRows(results, uncapped.state)
 
 

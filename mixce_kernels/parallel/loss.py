@@ -11,6 +11,7 @@ from mixce_kernels.checks import check_shard_tensors
 from mixce_kernels.linear import loss as linear_loss
 from mixce_kernels.logits.loss import fused_loss
 from mixce_kernels.logits.overwriting import check_overwritable
+from mixce_kernels.mixture import Mixture, check_weighting, factor_of
 from mixce_kernels.options import LinearOptions, LossOptions, accumulate_dtype, check_eta
 from mixce_kernels.parallel.backend import address_of
 from mixce_kernels.parallel.collectives import copy_to
@@ -19,6 +20,7 @@ from mixce_kernels.parallel.shard import Shard, Sharding
 from mixce_kernels.reduction import Reduction
 from mixce_kernels.reference import linear_logits
 from mixce_kernels.stats import MixCEStats
+from mixce_kernels.weightings import PROBABILITY, CustomWeighting, Given, Weighting
 
 
 def mixce_loss(
@@ -35,12 +37,14 @@ def mixce_loss(
         check_overwritable(logits_shard)
     sharding.check_range()
     eta = check_eta(eta, targets)
+    options = options._replace(weighting=check_weighting(options.weighting, targets))
     options.check_reduction(targets)
     shard = sharding.shard(options)
     backend = backends.resolve(options.backend, logits_shard)
     if options.validate or backend == "reference":
-        facts = CallFacts(targets.numel(), logits_shard.dtype, eta, token_options, options.return_stats)
-        _check_call(shard, facts, logits_shard.shape[-1], backend, options.validate, targets, logits_shard)
+        mixture = _mixture_to_compare(eta, options.weighting, targets, logits_shard.dtype)
+        facts = CallFacts(targets.numel(), logits_shard.dtype, mixture, token_options, options.return_stats)
+        _check_call(shard, facts, logits_shard.shape[-1], backend, options, targets, logits_shard)
     if backend == "reference":
         return _reference_loss(shard, logits_shard, targets, eta, options)
     return fused_loss(logits_shard, targets, eta, options, token_options, address_of(backend, shard))
@@ -61,35 +65,56 @@ def linear_mixce_loss(
     shard = sharding.shard(options, hidden_grad=hidden.requires_grad and torch.is_grad_enabled())
     backend = linear_loss.resolve(hidden, weight, options, linear, checked)
     if options.validate or backend == "reference":
+        mixture = _mixture_to_compare(checked.eta, checked.weighting, targets, checked.compute_dtype)
         facts = CallFacts(
-            targets.numel(), checked.compute_dtype, checked.eta, checked.token_options, options.return_stats,
+            targets.numel(), checked.compute_dtype, mixture, checked.token_options, options.return_stats,
             hidden.shape[-1], linear.max_chunk_bytes,
         )  # fmt: skip
-        _check_call(shard, facts, weight.shape[0], backend, options.validate, targets, weight)
+        _check_call(shard, facts, weight.shape[0], backend, options, targets, weight)
     if backend == "reference":
         # Added up in the type of accumulation, and rounded once.
         wide = copy_to(shard.group, hidden.to(accumulate_dtype(checked.compute_dtype)))
         valid = targets != checked.token_options.ignore_index
         logits = linear_logits(wide, weight, bias, valid, checked.compute_dtype)
+        options = options._replace(weighting=checked.weighting)
         return _reference_loss(shard, logits, targets, checked.eta, options)
     return linear_loss.fused_loss(
         hidden, weight, bias, targets, options, linear, checked, backend=address_of(backend, shard)
     )
 
 
+def _mixture_to_compare(
+    eta: float | Tensor, weighting: CustomWeighting, targets: Tensor, dtype: torch.dtype
+) -> Mixture:
+    """The mixture before a function of the caller's was called: the ranks compare these."""
+    known = weighting if isinstance(weighting, Weighting) else Given(0.0)
+    return Mixture.of(eta, known, targets, accumulate_dtype(dtype))
+
+
 def _check_call(
-    shard: Shard, facts: CallFacts, width: int, backend: str, validate: bool, targets: Tensor, values: Tensor
+    shard: Shard,
+    facts: CallFacts,
+    width: int,
+    backend: str,
+    options: LossOptions,
+    targets: Tensor,
+    values: Tensor,
 ) -> None:
     """What no kernel checks, of this rank's columns or rows of the weight: see `Shard.check_call`."""
-    reads_targets = validate or values.device.type == "cpu"
+    reads_targets = options.validate or values.device.type == "cpu"
     signature = shard.signature(width, facts, reference=backend == "reference", validate=reads_targets)
-    shard.check_call(signature, targets, facts.eta, facts.options.ignore_index, values)
+    eta = facts.mixture.eta_of_tokens()
+    shard.check_call(signature, targets, eta, options.weighting, facts.options.ignore_index, values)
 
 
 def _reference_loss(
     shard: Shard, logits: Tensor, targets: Tensor, eta: float | Tensor, options: LossOptions
 ) -> Tensor | tuple[Tensor, MixCEStats]:
     token_options = options.for_tokens()
-    loss, stats = sharded_token_losses(shard, logits, targets, eta, token_options)
+    weighting = options.weighting
+    if not isinstance(weighting, Weighting):
+        _, found = sharded_token_losses(shard, logits.detach(), targets, eta, PROBABILITY, token_options)
+        weighting = Given(factor_of(weighting, found, validate=options.validate))
+    loss, stats = sharded_token_losses(shard, logits, targets, eta, weighting, token_options)
     loss = Reduction.of(options, targets).apply(loss, targets, token_options.ignore_index)
     return (loss, stats) if options.return_stats else loss

@@ -14,6 +14,7 @@ from mixce_kernels.parallel.collectives import largest, sum_over, total
 from mixce_kernels.parallel.shard import Shard
 from mixce_kernels.reference import mixture
 from mixce_kernels.stats import MixCEStats
+from mixce_kernels.weightings import Weighting
 
 
 def sharded_token_losses(
@@ -21,6 +22,7 @@ def sharded_token_losses(
     logits: Tensor,  # [..., columns]
     targets: Tensor,  # [...], of the whole vocabulary
     eta: float | Tensor,
+    weighting: Weighting,
     options: TokenOptions,
 ) -> tuple[Tensor, MixCEStats]:
     """Each token's loss [...], differentiable any number of times, and its detached statistics.
@@ -56,21 +58,21 @@ def sharded_token_losses(
         vocab_size = total(torch.tensor(columns.number, dtype=torch.float64, device=logits.device), group)
         uniform_ce = s - sum_over(group, d.sum(-1)) / vocab_size
     lse = m + s
-    loss, q, w = mixture(nll, uniform_ce, lse, eta, options)
-    loss = loss * torch.where(valid & (held != 1), torch.nan, 1.0)
-
     with torch.no_grad():
         log_p = d - s.unsqueeze(-1)
         p = log_p.exp()
         entropy = total(-torch.where(p == 0.0, 0.0, p * log_p).sum(-1), group)
+        collision = total(p.square().sum(-1), group)
         raw = logits.to(s.dtype)
         is_largest = raw == _largest(raw, group).unsqueeze(-1)
         positions = torch.arange(columns.number, device=logits.device) + columns.start
         first = -_largest(torch.where(is_largest, -positions.to(s.dtype), -torch.inf), group)
-        correct = (first == targets) & ~nll.isnan()
-        stats = torch.stack((nll, q, w, lse, entropy))
-        stats = torch.where(valid, torch.where(held == 1, stats, torch.nan), 0.0)
-    return torch.where(valid, loss, 0.0), MixCEStats.of(stats, correct & valid & (held == 1))
+        correct = (first == targets) & ~nll.isnan() & valid & (held == 1)
+        stacked = torch.stack((nll, torch.exp(-nll), torch.ones_like(nll), lse, entropy, collision))
+        stats = MixCEStats.of(torch.where(valid, torch.where(held == 1, stacked, torch.nan), 0.0), correct)
+    loss, weight = mixture(nll, uniform_ce, lse, eta, weighting, stats, options)
+    loss = loss * torch.where(valid & (held != 1), torch.nan, 1.0)
+    return torch.where(valid, loss, 0.0), stats._replace(weight=torch.where(valid, weight, 0.0))
 
 
 def _largest(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

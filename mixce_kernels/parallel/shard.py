@@ -10,10 +10,12 @@ from torch import Tensor
 from mixce_kernels.backends.shards import Columns
 from mixce_kernels.backends.vocabulary import CallFacts
 from mixce_kernels.checks import check_values
-from mixce_kernels.options import LossOptions, check_int64, concrete, describe, is_integer
+from mixce_kernels.options import LossOptions
 from mixce_kernels.parallel import agreement
 from mixce_kernels.parallel.agreement import Layout, Signature
 from mixce_kernels.parallel.collectives import group_name, group_of
+from mixce_kernels.values import check_int64, concrete, describe, is_integer
+from mixce_kernels.weightings import CustomWeighting
 
 # What an address has of a vocabulary whose size the caller did not name.
 _UNKNOWN = -1
@@ -112,10 +114,17 @@ class Shard(NamedTuple):
         """The call on this shard, whose logits have `width` columns, for comparison with the other ranks'."""
         same = {"vocab_size": self.vocab_size, **facts._asdict(), **self.digest_only._asdict()}
         same |= {**same.pop("options")._asdict(), "reference": reference, "validate": validate}
+        same |= same.pop("mixture").facts()
         return Signature(self.columns(width), width, same)
 
     def check_call(
-        self, signature: Signature, targets: Tensor, eta: float | Tensor, ignore_index: int, values: Tensor
+        self,
+        signature: Signature,
+        targets: Tensor,
+        eta: float | Tensor,
+        weighting: CustomWeighting,
+        ignore_index: int,
+        values: Tensor,
     ) -> None:
         """What no kernel checks: whether the ranks' calls fit together, and with `validate` targets and eta.
 
@@ -126,7 +135,7 @@ class Shard(NamedTuple):
         """
         if signature.same["validate"]:
             vocab_size = self.layout(signature, values).vocab_size
-            check_values(targets, eta, ignore_index, vocab_size)
+            check_values(targets, eta, weighting, ignore_index, vocab_size)
         elif self.check_group:
             agreement.meet(signature, self.group, values)
 

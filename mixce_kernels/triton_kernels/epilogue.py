@@ -14,12 +14,18 @@ def column_of(target, vocab_size):
 
 
 @triton.jit
-def eta_of(eta_ptr, row, eta_stride, eta_value, HAS_ETA: tl.constexpr):
-    """A token's eta, or that of all tokens."""
+def mixture_of(
+    eta_ptr, parameters_ptr, row, n_rows, eta_stride, eta_value, weighting, first, second, HAS_ETA: tl.constexpr
+):
+    """A token's mixture; that of all tokens where there is no tensor of etas, and no parameters [2, N]."""
     eta = as_real(eta_value, tl.float64)
     if HAS_ETA:
         eta = tl.load(eta_ptr + row * eta_stride).to(tl.float64)
-    return eta
+    first, second = as_real(first, tl.float64), as_real(second, tl.float64)
+    if parameters_ptr is not None:
+        first = tl.load(parameters_ptr + row).to(tl.float64)
+        second = tl.load(parameters_ptr + n_rows + row).to(tl.float64)
+    return eta, weighting, first, second
 
 
 @triton.jit
@@ -57,7 +63,7 @@ def finish_rows(
     lanes,  # of whole rows, as in `row_stats.py`
     x_target,
     known,  # which targets are in range
-    eta,
+    mixture,
     vocab_size,
     transform,
     options,
@@ -66,20 +72,23 @@ def finish_rows(
     STATS: tl.constexpr,
 ):
     """Stores loss, state and statistics of rows, and returns their state."""
-    m, sum_exp, sum_shifted, sum_exp_shifted, _, beaten = lanes
+    m, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, _, beaten = lanes
     _, _, _, diff_scale = transform
     real: tl.constexpr = m.dtype
     # A target out of range makes NaN of all that follows.
     s = tl.where(known, tl.log(sum_exp), float("nan")).to(tl.float64)
     mean_shifted = tl.full((), 0.0, tl.float64)
+    entropy, collision = mean_shifted, mean_shifted
+    if STATS:
+        entropy = s - diff_scale * (sum_exp_shifted / sum_exp)
+        collision = (sum_exp_squared / (sum_exp * sum_exp)).to(tl.float64)
     if SMOOTH:
         mean_shifted = diff_scale * (sum_shifted.to(tl.float64) / vocab_size)
     z_target = x_target
     if CAP:
         z_target, _ = capped(x_target, transform)
-    loss, nll, q, weight, lse, a, c, t = token_terms(
-        diff_scale * m, s, diff_scale * (z_target.to(tl.float64) - m), mean_shifted, eta, vocab_size, options, real
-    )
+    sums = (s, diff_scale * (z_target.to(tl.float64) - m), mean_shifted, entropy, collision)
+    loss, nll, q, weight, lse, a, c, t = token_terms(diff_scale * m, sums, mixture, vocab_size, options, real, real)
     loss_ptr, state_ptr, stats_ptr, correct_ptr = results
     state = (m, s.to(real), a.to(real), c.to(real), t.to(real))
     store(loss_ptr + at, loss.to(real), written, valid)
@@ -87,7 +96,7 @@ def finish_rows(
         for i in tl.static_range(STATE_WIDTH):
             store(state_ptr + i * n_rows + at, state[i], written, valid)
     if STATS:
-        stats = (nll, q, weight, lse, s - diff_scale * (sum_exp_shifted / sum_exp))
+        stats = (nll, q, weight, lse, entropy, collision)
         for i in tl.static_range(STATS_WIDTH):
             store(stats_ptr + i * n_rows + at, stats[i].to(real), written, valid)
         correct = (beaten == 0) & (nll == nll)

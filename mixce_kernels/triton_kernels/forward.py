@@ -7,9 +7,9 @@ import triton.language as tl
 
 from mixce_kernels.triton_kernels.epilogue import (
     column_of,
-    eta_of,
     finish_ignored_row,
     finish_rows,
+    mixture_of,
     results_of,
     upstream_of,
 )
@@ -39,6 +39,7 @@ def forward_kernel(
     logits_ptr,  # [N, V] as rows
     targets_ptr,  # [N]
     eta_ptr,  # [N], where HAS_ETA
+    parameters_ptr,  # [2, N], or None
     loss_ptr,  # [N]
     state_ptr,  # [STATE_WIDTH, N], or None
     stats_ptr,  # [STATS_WIDTH, N], where STATS
@@ -59,6 +60,9 @@ def forward_kernel(
     token_scale_stride: tl.int64,
     ignore_index: tl.int64,
     eta_value: tl.float64,
+    weighting: tl.int32,
+    first: tl.float64,
+    second: tl.float64,
     label_smoothing: tl.float64,
     z_loss: tl.float64,
     diff_scale: tl.float64,
@@ -137,9 +141,9 @@ def forward_kernel(
 
     # Epilogue.
     cta = tl.arange(0, CTAS)[:, None]
-    eta = eta_of(eta_ptr, row, eta_stride, eta_value, HAS_ETA)
+    mixture = mixture_of(eta_ptr, parameters_ptr, row, n_rows, eta_stride, eta_value, weighting, first, second, HAS_ETA)
     state = finish_rows(
-        results, n_rows, 0 * cta, cta == 0, None, lanes, x_target, known, eta, vocab_size, transform,
+        results, n_rows, 0 * cta, cta == 0, None, lanes, x_target, known, mixture, vocab_size, transform,
         (label_smoothing, z_loss), SMOOTH, CAP, STATS,
     )  # fmt: skip
 

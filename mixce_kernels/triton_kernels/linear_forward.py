@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.epilogue import column_of, eta_of, finish_rows
+from mixce_kernels.triton_kernels.epilogue import column_of, finish_rows, mixture_of
 from mixce_kernels.triton_kernels.jit import bound, kernel
 from mixce_kernels.triton_kernels.linear_tiles import logits_tile, rows_at
 from mixce_kernels.triton_kernels.mixce_math import capped, finite, raise_maximum, transform_of
@@ -13,8 +13,8 @@ from mixce_kernels.triton_kernels.row_stats import sum_of_lanes
 
 # Numbers that a split leaves of a row after m; where SMOOTH the third, where STATS the others: the largest logit, and
 # whether the target is the first such.
-SUM_EXP, X_TARGET, SUM_SHIFTED, SUM_EXP_SHIFTED, BEST, HIT = (tl.constexpr(i) for i in range(1, 7))
-PARTIALS = tl.constexpr(7)
+SUM_EXP, X_TARGET, SUM_SHIFTED, SUM_EXP_SHIFTED, SUM_EXP_SQUARED, BEST, HIT = (tl.constexpr(i) for i in range(1, 8))
+PARTIALS = tl.constexpr(8)
 
 
 @triton.jit
@@ -26,12 +26,13 @@ def lanes_of_tile(z, in_columns, count, m, rate, SMOOTH: tl.constexpr, STATS: tl
     d = z - finite(m)[:, None]
     e = tl.exp2(d * rate)
     sum_exp = tl.sum(e, axis=1)
-    sum_shifted, sum_exp_shifted = sum_exp, sum_exp
+    sum_shifted, sum_exp_shifted, sum_exp_squared = sum_exp, sum_exp, sum_exp
     if SMOOTH:
         sum_shifted = tl.sum(tl.where(in_columns, d, 0.0), axis=1)
     if STATS:
         sum_exp_shifted = tl.sum(e * tl.maximum(d, -1e30), axis=1)
-    return m, sum_exp, sum_shifted, sum_exp_shifted, count, 0
+        sum_exp_squared = tl.sum(e * e, axis=1)
+    return m, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, count, 0
 
 
 @kernel
@@ -68,7 +69,7 @@ def linear_forward_kernel(
     """One program a block of rows and a split of the vocabulary: Pass 1 over its tiles.
 
     For each tile it reads BLOCK_N rows of hidden and BLOCK_V rows of weight, which the GROUP of programs that run at a
-    time share in L2. Writes 3 numbers a row and split, up to 7 with options.
+    time share in L2. Writes 3 numbers a row and split, up to 8 with options.
     """
     program = tl.program_id(0)
     block, split = tl.swizzle2d(program // n_splits, program % n_splits, n_row_blocks, n_splits, GROUP)
@@ -83,7 +84,7 @@ def linear_forward_kernel(
     target = column_of(tl.load(targets_ptr + row).to(tl.int64), vocab_size)[1]
     hidden_rows = hidden_ptr + row * hidden_stride
     zeros = tl.zeros((BLOCK_N,), real)
-    lanes = (zeros - float("inf"), zeros, zeros, zeros, zeros, 0)
+    lanes = (zeros - float("inf"), zeros, zeros, zeros, zeros, zeros, 0)
     x_target = zeros
     best = zeros - float("inf")
     hit = tl.zeros((BLOCK_N,), tl.int32)
@@ -124,6 +125,7 @@ def linear_forward_kernel(
         tl.store(partial_ptr + SUM_SHIFTED * n_rows, lanes[2], mask=in_rows)
     if STATS:
         tl.store(partial_ptr + SUM_EXP_SHIFTED * n_rows, lanes[3], mask=in_rows)
+        tl.store(partial_ptr + SUM_EXP_SQUARED * n_rows, lanes[4], mask=in_rows)
         tl.store(partial_ptr + BEST * n_rows, best, mask=in_rows)
         tl.store(partial_ptr + HIT * n_rows, hit.to(real), mask=in_rows)
 
@@ -135,6 +137,7 @@ def linear_merge_kernel(
     order_ptr,  # [N]
     n_valid_ptr,  # [1]
     eta_ptr,  # [N], where HAS_ETA
+    parameters_ptr,  # [2, N], or None
     loss_ptr,  # [N]
     state_ptr,  # [STATE_WIDTH, N]
     stats_ptr,  # [STATS_WIDTH, N], where STATS
@@ -145,6 +148,9 @@ def linear_merge_kernel(
     split_size: tl.int32,
     eta_stride: tl.int64,
     eta_value: tl.float64,
+    weighting: tl.int32,
+    first: tl.float64,
+    second: tl.float64,
     label_smoothing: tl.float64,
     z_loss: tl.float64,
     diff_scale: tl.float64,
@@ -157,7 +163,7 @@ def linear_merge_kernel(
     SPLITS: tl.constexpr,  # n_splits, or the next power of two
     ROWS: tl.constexpr,
 ):
-    """ROWS positions a program: merges their splits, and writes 6 numbers a row (12 with STATS), 0 where ignored."""
+    """ROWS positions a program: merges their splits, and writes 6 numbers a row (13 with STATS), 0 where ignored."""
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n_valid = tl.load(n_valid_ptr).to(tl.int32)
     in_rows = position < n_rows
@@ -173,22 +179,26 @@ def linear_merge_kernel(
     m_split = tl.load(partial_ptr, mask=filled, other=float("-inf"))
     sum_exp = tl.load(partial_ptr + SUM_EXP * n_rows, mask=filled, other=0.0)
     x_target = tl.sum(tl.load(partial_ptr + X_TARGET * n_rows, mask=filled, other=0.0), axis=0)
-    sum_shifted, sum_exp_shifted, count = sum_exp, sum_exp, sum_exp
+    sum_shifted, sum_exp_shifted, sum_exp_squared, count = sum_exp, sum_exp, sum_exp, sum_exp
     if SMOOTH:
         sum_shifted = tl.load(partial_ptr + SUM_SHIFTED * n_rows, mask=filled, other=0.0)
         size = tl.minimum(vocab_size - split * split_size, split_size)
         count = tl.where(filled, size, 0).to(real)
     if STATS:
         sum_exp_shifted = tl.load(partial_ptr + SUM_EXP_SHIFTED * n_rows, mask=filled, other=0.0)
+        sum_exp_squared = tl.load(partial_ptr + SUM_EXP_SQUARED * n_rows, mask=filled, other=0.0)
     m = tl.max(m_split, axis=0)
-    lanes = (m_split, sum_exp, sum_shifted, sum_exp_shifted, count, count)
-    _, sum_exp, sum_shifted, sum_exp_shifted, count, _ = raise_maximum(lanes, m[None, :], transform[0], SMOOTH, STATS)
+    lanes = (m_split, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, count, count)
+    _, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, count, _ = raise_maximum(
+        lanes, m[None, :], transform[0], SMOOTH, STATS
+    )
     sum_exp = tl.sum(sum_exp, axis=0)
     beaten = sum_exp
     if SMOOTH:
         sum_shifted = tl.sum(sum_shifted, axis=0)
     if STATS:
         sum_exp_shifted = tl.sum(sum_exp_shifted, axis=0)
+        sum_exp_squared = tl.sum(sum_exp_squared, axis=0)
         best = tl.load(partial_ptr + BEST * n_rows, mask=filled, other=float("-inf"))
         hit = tl.load(partial_ptr + HIT * n_rows, mask=filled, other=0.0)
         # The first of the splits that have the largest logit.
@@ -197,9 +207,9 @@ def linear_merge_kernel(
 
     # Epilogue.
     known, _ = column_of(target, vocab_size)
-    eta = eta_of(eta_ptr, row, eta_stride, eta_value, HAS_ETA)
-    lanes = (m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten)
+    mixture = mixture_of(eta_ptr, parameters_ptr, row, n_rows, eta_stride, eta_value, weighting, first, second, HAS_ETA)
+    lanes = (m, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten)
     finish_rows(
         (loss_ptr, state_ptr, stats_ptr, correct_ptr), n_rows, row, in_rows, valid, lanes, x_target, known,
-        eta, vocab_size, transform, (label_smoothing, z_loss), SMOOTH, CAP, STATS,
+        mixture, vocab_size, transform, (label_smoothing, z_loss), SMOOTH, CAP, STATS,
     )  # fmt: skip

@@ -7,6 +7,9 @@ Values that travel together are tuples:
     transform  rate, cap, tanh_scale, diff_scale: exp(z - m) is exp2(rate * difference of (capped) logits), and z - m is
                diff_scale times that difference, in float64
     options    the numbers that `token_terms` takes from the caller, as the kernels get them
+    mixture    eta, the weighting's number (`Weighting` of csrc/params.h) and its two parameters, of each token
+    sums       s, d_target, mean_shifted, entropy, collision: of a row, where s is log sum exp(z - m), d_target is
+               z_target - m, mean_shifted the mean of z - m, and collision sum p^2
     state      m, s, a, c, t: what the forward leaves of a token for its gradient
     terms      m, log2_sum, k, c, t: the gradient is slope * (p * k - c), and slope * t at the target
 """
@@ -14,11 +17,15 @@ Values that travel together are tuples:
 import triton
 import triton.language as tl
 
+from mixce_kernels import weightings
 from mixce_kernels.backends import results
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 STATE_WIDTH = tl.constexpr(results.STATE_WIDTH)
 STATS_WIDTH = tl.constexpr(results.STATS_WIDTH)
+PROBABILITY, POWER, TAILR, BAND, FOCAL, VARIANCE, ENTROPY, _COLLISION_POWER, GIVEN = (
+    tl.constexpr(i) for i in range(len(weightings.KINDS))
+)
 
 
 @triton.jit
@@ -73,7 +80,7 @@ def finite(m):
 @triton.jit
 def raise_maximum(lanes, m, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
     """The statistics of lanes (see `row_stats.py`) relative to an m that is no less than theirs."""
-    m_lane, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = lanes
+    m_lane, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten = lanes
     shift = m_lane - finite(m)
     factor = tl.exp2(shift * rate)
     if SMOOTH:
@@ -82,17 +89,47 @@ def raise_maximum(lanes, m, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
         # A factor of 0 leaves nothing but a NaN, where shift * 0 is one.
         moved = factor * (sum_exp_shifted + shift * sum_exp)
         sum_exp_shifted = tl.where(factor == 0.0, 0.0 * sum_exp, moved)
-    return m, sum_exp * factor, sum_shifted, sum_exp_shifted, count, beaten
+        sum_exp_squared *= factor * factor
+    return m, sum_exp * factor, sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten
 
 
 @triton.jit
-def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, options, real: tl.constexpr):
+def power(x, exponent, real: tl.constexpr):
+    """x^exponent of an x that is no less than 0, or by a rounding."""
+    log_x = tl.log(tl.maximum(x, 0.0).to(real)).to(tl.float64)
+    found = tl.where(x > 0.0, tl.exp((exponent * log_x).to(real)).to(tl.float64), 0.0)
+    return tl.where(exponent == 0.0, 1.0, found)
+
+
+@triton.jit
+def weighting_factor(mixture, nll, q, not_q, sums, real: tl.constexpr, returned: tl.constexpr):
+    """A token's f, NaN where q is: not_q is 1 - q; q is compared as the statistics return it, in type `returned`."""
+    _, weighting, first, second = mixture
+    _, _, _, entropy, collision = sums
+    exponent = tl.where(weighting == POWER, first, collision)
+    f = tl.where(exponent == 0.0, 1.0, tl.exp((-exponent * nll).to(real)).to(tl.float64))
+    share = tl.where(first == 0.0, 1.0, q / (first + (1.0 - first) * q))
+    f = tl.where(weighting == TAILR, tl.maximum(share, second), f)
+    q_returned = q.to(returned)
+    within = (q_returned >= first.to(returned)) & (q_returned <= second.to(returned))
+    f = tl.where(weighting == BAND, tl.where(within, 1.0, 0.0), f)
+    f = tl.where(weighting == VARIANCE, q * tl.maximum(not_q, 0.0), f)
+    base = tl.where(weighting == FOCAL, not_q, entropy / second)
+    f = tl.where((weighting == FOCAL) | (weighting == ENTROPY), power(base, first, real), f)
+    f = tl.where(weighting == GIVEN, first, f)
+    return tl.where(q == q, f, q)
+
+
+@triton.jit
+def token_terms(m, sums, mixture, vocab_size, options, real: tl.constexpr, returned: tl.constexpr):
     """A token's loss, its statistics and the numbers from which its gradient is made.
 
-    m is the largest z, s is log sum exp(z - m), d_target is z_target - m, mean_shifted the mean of z - m. The gradient
-    is dloss/dz_j = a * p_j - c, and t at the target. All are float64, for some twenty operations a row: nll is a
-    difference, and the loss a product of roundings. Exponentials are of type `real`.
+    m is the largest z. The gradient is dloss/dz_j = a * p_j - c, and t at the target. All are float64, for some twenty
+    operations a row: nll is a difference, and the loss a product of roundings. Exponentials are of type `real`, results
+    of type `returned`.
     """
+    eta, weighting, _, _ = mixture
+    s, d_target, mean_shifted, _, _ = sums
     label_smoothing, z_loss = options
     label_smoothing, z_loss = as_real(label_smoothing, tl.float64), as_real(z_loss, tl.float64)
     lse = m + s
@@ -101,14 +138,18 @@ def token_terms(m, s, d_target, mean_shifted, eta, vocab_size, options, real: tl
     kept = tl.where(label_smoothing < 1.0, (1.0 - label_smoothing) * nll, 0.0)
     ce = tl.where(label_smoothing > 0.0, label_smoothing * (s - mean_shifted) + kept, nll)
     q = tl.exp(-nll.to(real)).to(tl.float64)
-    weight = eta + (1.0 - eta) * q
+    # expm1: 1 - q has no digits left for q near 1, the tokens that the mixture weighs most.
+    not_q = -expm1(-nll.to(real)).to(tl.float64)
+    f = q
+    if weighting != PROBABILITY:
+        f = weighting_factor(mixture, nll, q, not_q, sums, real, returned)
+    weight = eta + (1.0 - eta) * f
     z_slope = tl.where(z_loss > 0.0, 2.0 * z_loss * lse, 0.0)
     # A weight of 0 is the limit of q log q, also where ce is infinite.
     loss = tl.where(weight == 0.0, 0.0, weight * ce) + tl.where(z_loss > 0.0, z_loss * lse * lse, 0.0)
     a = weight + z_slope
     c = weight * label_smoothing / vocab_size
-    # expm1: q - 1 has no digits left for q near 1, the tokens that the mixture weighs most.
-    t = weight * (expm1(-nll.to(real)) + label_smoothing) - c + tl.where(z_loss > 0.0, z_slope * q, 0.0)
+    t = weight * (label_smoothing - not_q) - c + tl.where(z_loss > 0.0, z_slope * q, 0.0)
     return loss, nll, q, weight, lse, a, c, t
 
 

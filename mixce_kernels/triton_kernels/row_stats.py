@@ -7,6 +7,7 @@ Each thread is a lane with statistics of its own, which are merged at the row's 
     sum_exp          of exp(z - m)
     sum_shifted      of z - m, where SMOOTH
     sum_exp_shifted  of exp(z - m) * (z - m), where STATS
+    sum_exp_squared  of exp(z - m)^2, where STATS
     count            of logits, where SMOOTH
     beaten           of logits that come before the target, where STATS
 """
@@ -19,14 +20,14 @@ from mixce_kernels.triton_kernels.mixce_math import capped, finite, raise_maximu
 from mixce_kernels.triton_kernels.row_layout import rotated, tile_index
 
 # Statistics that a program leaves of its part of a row.
-PARTIALS = tl.constexpr(6)
+PARTIALS = tl.constexpr(7)
 
 
 @triton.jit
 def empty_lanes(CTAS: tl.constexpr, LANES: tl.constexpr, dtype: tl.constexpr):
     """Statistics of no logits."""
     zeros = tl.zeros((CTAS, LANES), dtype)
-    return zeros - float("inf"), zeros, zeros, zeros, zeros, tl.zeros((CTAS, LANES), tl.int32)
+    return zeros - float("inf"), zeros, zeros, zeros, zeros, zeros, tl.zeros((CTAS, LANES), tl.int32)
 
 
 @triton.jit
@@ -58,7 +59,7 @@ def tile_lanes(
     d = z - finite(m)[:, None, :, None]
     e = tl.exp2(d * rate)
     sum_exp = lane_sum(e)
-    sum_shifted, sum_exp_shifted, count, beaten = sum_exp, sum_exp, sum_exp, sum_exp
+    sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten = sum_exp, sum_exp, sum_exp, sum_exp, sum_exp
     if SMOOTH:
         if valid is None:
             sum_shifted = lane_sum(d)
@@ -69,25 +70,27 @@ def tile_lanes(
             count = lane_sum(valid.to(m.dtype))
     if STATS:
         sum_exp_shifted = lane_sum(e * tl.maximum(d, -1e30))
+        sum_exp_squared = lane_sum(e * e)
         x = x.to(m.dtype)
         beats = (x > x_target) | ((x == x_target) & (columns < target_column))
         if valid is not None:
             beats = beats & valid
         beaten = lane_sum(beats.to(tl.int32))
-    return m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten
+    return m, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten
 
 
 @triton.jit
 def sum_of_lanes(first, second, SMOOTH: tl.constexpr, STATS: tl.constexpr):
     """The statistics of both, relative to the same m."""
-    m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = first
+    m, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten = first
     if SMOOTH:
         sum_shifted += second[2]
-        count += second[4]
+        count += second[5]
     if STATS:
         sum_exp_shifted += second[3]
-        beaten += second[5]
-    return m, sum_exp + second[1], sum_shifted, sum_exp_shifted, count, beaten
+        sum_exp_squared += second[4]
+        beaten += second[6]
+    return m, sum_exp + second[1], sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten
 
 
 @triton.jit
@@ -182,20 +185,23 @@ def add_rest(
 def merge_lanes(lanes, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
     """The statistics [CTAS, 1] of lanes [CTAS, LANES]."""
     m = tl.max(lanes[0], axis=1)[:, None]
-    _, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = raise_maximum(lanes, m, rate, SMOOTH, STATS)
+    _, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten = raise_maximum(
+        lanes, m, rate, SMOOTH, STATS
+    )
     if SMOOTH:
         sum_shifted = tl.sum(sum_shifted, axis=1)[:, None]
         count = tl.sum(count, axis=1)[:, None]
     if STATS:
         sum_exp_shifted = tl.sum(sum_exp_shifted, axis=1)[:, None]
+        sum_exp_squared = tl.sum(sum_exp_squared, axis=1)[:, None]
         beaten = tl.sum(beaten, axis=1)[:, None]
-    return m, tl.sum(sum_exp, axis=1)[:, None], sum_shifted, sum_exp_shifted, count, beaten
+    return m, tl.sum(sum_exp, axis=1)[:, None], sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten
 
 
 @triton.jit
 def store_partials(lanes, ptr, stride, SMOOTH: tl.constexpr, STATS: tl.constexpr):
     """Leaves statistics at `ptr`, `stride` numbers from one to the next."""
-    m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten = lanes
+    m, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten = lanes
     tl.store(ptr, m)
     tl.store(ptr + stride, sum_exp)
     if SMOOTH:
@@ -203,7 +209,8 @@ def store_partials(lanes, ptr, stride, SMOOTH: tl.constexpr, STATS: tl.constexpr
         tl.store(ptr + 3 * stride, count)
     if STATS:
         tl.store(ptr + 4 * stride, sum_exp_shifted)
-        tl.store(ptr + 5 * stride, beaten.to(m.dtype))
+        tl.store(ptr + 5 * stride, sum_exp_squared)
+        tl.store(ptr + 6 * stride, beaten.to(m.dtype))
 
 
 @triton.jit
@@ -212,14 +219,15 @@ def load_partials(ptr, n, i, SMOOTH: tl.constexpr, STATS: tl.constexpr):
     valid = i < n
     m = tl.load(ptr + i, mask=valid, other=float("-inf"), cache_modifier=".cg")
     sum_exp = tl.load(ptr + n + i, mask=valid, other=0.0, cache_modifier=".cg")
-    sum_shifted, count, sum_exp_shifted, beaten = sum_exp, sum_exp, sum_exp, i
+    sum_shifted, count, sum_exp_shifted, sum_exp_squared, beaten = sum_exp, sum_exp, sum_exp, sum_exp, i
     if SMOOTH:
         sum_shifted = tl.load(ptr + 2 * n + i, mask=valid, other=0.0, cache_modifier=".cg")
         count = tl.load(ptr + 3 * n + i, mask=valid, other=0.0, cache_modifier=".cg")
     if STATS:
         sum_exp_shifted = tl.load(ptr + 4 * n + i, mask=valid, other=0.0, cache_modifier=".cg")
-        beaten = tl.load(ptr + 5 * n + i, mask=valid, other=0.0, cache_modifier=".cg").to(tl.int32)
-    return m, sum_exp, sum_shifted, sum_exp_shifted, count, beaten
+        sum_exp_squared = tl.load(ptr + 5 * n + i, mask=valid, other=0.0, cache_modifier=".cg")
+        beaten = tl.load(ptr + 6 * n + i, mask=valid, other=0.0, cache_modifier=".cg").to(tl.int32)
+    return m, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten
 
 
 @triton.jit

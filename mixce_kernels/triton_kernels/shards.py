@@ -96,7 +96,7 @@ def write_message_kernel(
     real: tl.constexpr = message_ptr.dtype.element_ty
     zero = tl.full((TOKENS,), 0.0, real)
     m = zero - float("inf")
-    s, d_target, mean_shifted, entropy, largest = m, -m, zero, zero, m
+    s, d_target, mean_shifted, entropy, collision, largest = m, -m, zero, zero, zero, m
     if COLUMNS:
         target = tl.load(targets_ptr + row, mask=in_rows, other=0).to(tl.int64)
         loss = tl.load(loss_ptr + row, mask=in_rows, other=0.0)
@@ -109,7 +109,8 @@ def write_message_kernel(
         if SMOOTH:
             mean_shifted = difference_or_zero(s, loss)
         if STATS:
-            entropy = tl.abs(tl.load(stats_ptr + (STATS_WIDTH - 1) * n_tokens + row, mask=in_rows, other=0.0))
+            entropy = tl.abs(tl.load(stats_ptr + 4 * n_tokens + row, mask=in_rows, other=0.0))
+            collision = tl.load(stats_ptr + 5 * n_tokens + row, mask=in_rows, other=0.0)
             correct = tl.load(correct_ptr + row, mask=in_rows, other=0) != 0
             entropy = tl.where(correct, entropy, entropy * -1.0)
             if CAP:
@@ -123,8 +124,9 @@ def write_message_kernel(
         tl.store(message_ptr + 3 * n_tokens, mean_shifted, mask=in_rows)
     if STATS:
         tl.store(message_ptr + (3 + SMOOTH) * n_tokens, entropy, mask=in_rows)
+        tl.store(message_ptr + (4 + SMOOTH) * n_tokens, collision, mask=in_rows)
         if CAP:
-            tl.store(message_ptr + (4 + SMOOTH) * n_tokens, largest, mask=in_rows)
+            tl.store(message_ptr + (5 + SMOOTH) * n_tokens, largest, mask=in_rows)
 
 
 @kernel
@@ -133,6 +135,7 @@ def merge_messages_kernel(
     headers_ptr,  # the same as integers
     targets_ptr,  # [N]
     eta_ptr,  # [N], where HAS_ETA
+    parameters_ptr,  # [2, N], or None
     loss_ptr,  # [N]
     state_ptr,  # [STATE_WIDTH, N], or None
     stats_ptr,  # [STATS_WIDTH, N], where STATS
@@ -143,6 +146,9 @@ def merge_messages_kernel(
     eta_stride: tl.int64,
     ignore_index: tl.int64,
     eta_value: tl.float64,
+    weighting: tl.int32,
+    first: tl.float64,
+    second: tl.float64,
     label_smoothing: tl.float64,
     z_loss: tl.float64,
     diff_scale: tl.float64,
@@ -154,7 +160,7 @@ def merge_messages_kernel(
 ):
     """Loss, state and statistics of rows from all ranks' messages, NaN unless one rank holds the target; in float64."""
     ENTROPY: tl.constexpr = 3 + SMOOTH
-    LARGEST: tl.constexpr = ENTROPY + 1 if CAP else 0
+    LARGEST: tl.constexpr = ENTROPY + 2 if CAP else 0
     row = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     in_rows = row < n_tokens
     target = tl.load(targets_ptr + row, mask=in_rows, other=0).to(tl.int64)
@@ -196,22 +202,8 @@ def merge_messages_kernel(
             first_of_largest = (held & is_largest) | (~held & first_of_largest)
     s = tl.where(holders == 1, tl.log(sum_exp), float("nan"))
     size = vocab_size.to(tl.float64)
-
-    eta = zero + as_real(eta_value, tl.float64)
-    if HAS_ETA:
-        eta = tl.load(eta_ptr + row * eta_stride, mask=in_rows, other=0.0).to(tl.float64)
-    loss, nll, q, weight, lse, a, c, t = token_terms(
-        scale * m, s, d_target, sum_shifted / size, eta, size, (label_smoothing, z_loss), tl.float64
-    )
-    real: tl.constexpr = loss_ptr.dtype.element_ty
-    valid = target != ignore_index
-    state = (m, s, a, c, t)
-    tl.store(loss_ptr + row, tl.where(valid, loss, 0.0).to(real), mask=in_rows)
-    if state_ptr is not None:
-        for i in tl.static_range(STATE_WIDTH):
-            tl.store(state_ptr + i * n_tokens + row, tl.where(valid, state[i], 0.0).to(real), mask=in_rows)
+    entropy, collision = zero, zero
     if STATS:
-        entropy = zero
         for rank in range(bound(n_ranks)):
             rank_ptr = numbers_ptr + rank * length
             start = tl.load(headers_ptr + rank * length + 1).to(tl.int64)
@@ -221,12 +213,34 @@ def merge_messages_kernel(
             entropy_of = tl.abs(tl.load(rank_ptr + ENTROPY * n_tokens, mask=in_rows, other=0.0).to(tl.float64))
             share = tl.exp(log_share)
             entropy += tl.where(share == 0.0, 0.0, share * (entropy_of - log_share))
+            collision_of = tl.load(rank_ptr + (ENTROPY + 1) * n_tokens, mask=in_rows, other=0.0).to(tl.float64)
+            collision += tl.where(share == 0.0, 0.0, share * share * collision_of)
             # An equal logit before the target's beats it.
             largest_of = tl.load(rank_ptr + LARGEST * n_tokens, mask=in_rows, other=0.0).to(tl.float64)
             before = (n_columns > 0) & (start < start_of_holder)
             beaten = (largest_of > largest_of_holder) | ((largest_of == largest_of_holder) & before)
             first_of_largest = first_of_largest & ~beaten
-        stats = (nll, q, weight, lse, entropy)
+
+    real: tl.constexpr = loss_ptr.dtype.element_ty
+    eta = zero + as_real(eta_value, tl.float64)
+    if HAS_ETA:
+        eta = tl.load(eta_ptr + row * eta_stride, mask=in_rows, other=0.0).to(tl.float64)
+    first, second = zero + as_real(first, tl.float64), zero + as_real(second, tl.float64)
+    if parameters_ptr is not None:
+        first = tl.load(parameters_ptr + row, mask=in_rows, other=0.0).to(tl.float64)
+        second = tl.load(parameters_ptr + n_tokens + row, mask=in_rows, other=0.0).to(tl.float64)
+    sums = (s, d_target, sum_shifted / size, entropy, collision)
+    loss, nll, q, weight, lse, a, c, t = token_terms(
+        scale * m, sums, (eta, weighting, first, second), size, (label_smoothing, z_loss), tl.float64, real
+    )
+    valid = target != ignore_index
+    state = (m, s, a, c, t)
+    tl.store(loss_ptr + row, tl.where(valid, loss, 0.0).to(real), mask=in_rows)
+    if state_ptr is not None:
+        for i in tl.static_range(STATE_WIDTH):
+            tl.store(state_ptr + i * n_tokens + row, tl.where(valid, state[i], 0.0).to(real), mask=in_rows)
+    if STATS:
+        stats = (nll, q, weight, lse, entropy, collision)
         for i in tl.static_range(STATS_WIDTH):
             tl.store(stats_ptr + i * n_tokens + row, tl.where(valid, stats[i], 0.0).to(real), mask=in_rows)
         tl.store(correct_ptr + row, valid & first_of_largest & (nll == nll), mask=in_rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.epilogue import column_of, eta_of, finish_ignored_row, finish_rows, results_of
+from mixce_kernels.triton_kernels.epilogue import column_of, finish_ignored_row, finish_rows, mixture_of, results_of
 from mixce_kernels.triton_kernels.jit import kernel
 from mixce_kernels.triton_kernels.mixce_math import transform_of
 from mixce_kernels.triton_kernels.row_layout import head_of, rest_of, row_offset
@@ -77,6 +77,7 @@ def merge_kernel(
     logits_ptr,  # [N, V] as rows
     targets_ptr,  # [N]
     eta_ptr,  # [N], where HAS_ETA
+    parameters_ptr,  # [2, N], or None
     loss_ptr,  # [N]
     state_ptr,  # [STATE_WIDTH, N], or None
     stats_ptr,  # [STATS_WIDTH, N], where STATS
@@ -91,6 +92,9 @@ def merge_kernel(
     ignore_index: tl.int64,
     n_tiles: tl.int32,
     eta_value: tl.float64,
+    weighting: tl.int32,
+    first: tl.float64,
+    second: tl.float64,
     label_smoothing: tl.float64,
     z_loss: tl.float64,
     diff_scale: tl.float64,
@@ -118,8 +122,8 @@ def merge_kernel(
     partial_ptr += row.to(tl.int64) * (PARTIALS * n_tiles)
     lanes = load_partials(partial_ptr, n_tiles, tl.arange(0, TILES)[None, :], SMOOTH, STATS)
     lanes = merge_lanes(lanes, transform[0], SMOOTH, STATS)
-    eta = eta_of(eta_ptr, row, eta_stride, eta_value, HAS_ETA)
+    mixture = mixture_of(eta_ptr, parameters_ptr, row, n_rows, eta_stride, eta_value, weighting, first, second, HAS_ETA)
     finish_rows(
-        results, n_rows, tl.zeros((1, 1), tl.int32), tl.full((1, 1), True, tl.int1), None, lanes, x_target, known, eta,
-        vocab_size, transform, (label_smoothing, z_loss), SMOOTH, CAP, STATS,
+        results, n_rows, tl.zeros((1, 1), tl.int32), tl.full((1, 1), True, tl.int1), None, lanes, x_target, known,
+        mixture, vocab_size, transform, (label_smoothing, z_loss), SMOOTH, CAP, STATS,
     )  # fmt: skip
