@@ -72,16 +72,18 @@ def loss_of_logits(
         weighting = Given(factor_of(weighting, stats, validate=options.validate))
     loss, stats = token_losses(logits, targets, eta, weighting, token_options)
 
+    # The reduction is in float64, too: of a sum no more is lost than its tokens have lost.
     valid = targets != token_options.ignore_index
-    weights = torch.ones_like(loss) if options.token_weights is None else options.token_weights.detach().to(loss.dtype)
+    weights = valid.double() if options.token_weights is None else options.token_weights.detach().double()
     weights = torch.where(valid, weights, 0.0)
-    loss = loss * weights
+    reduced = loss.double() * weights
     if options.reduction != "none":
-        loss = loss.sum()
+        reduced = reduced.sum()
     if options.reduction == "mean":
         divisor = weights.sum() if options.num_items_in_batch is None else options.num_items_in_batch
-        divisor = torch.as_tensor(divisor, dtype=loss.dtype, device=loss.device).reshape(())
-        loss = loss / torch.where(divisor == 0, 1.0, divisor)
+        divisor = torch.as_tensor(divisor, dtype=torch.float64, device=loss.device).reshape(())
+        reduced = reduced / torch.where(divisor == 0, 1.0, divisor)
+    loss = reduced.to(loss.dtype)
     return (loss, stats) if options.return_stats else loss
 
 
@@ -112,19 +114,24 @@ def token_losses(
         z = options.softcap * torch.tanh(options.logit_scale * z / options.softcap)
         m = z.detach().amax(-1, keepdim=True)
         d = z - m
-    s = torch.logsumexp(d, -1)
+    # From here on a token has a few numbers, in float64.
+    e = d.exp()
+    sum_exp = e.sum(-1).double()
+    s = sum_exp.log()
     lse = m.squeeze(-1) + s
     nll = s - d.gather(-1, index).squeeze(-1)
     with torch.no_grad():
-        p = torch.exp(d - s.unsqueeze(-1))
-        entropy = -torch.where(p == 0.0, 0.0, p * (d - s.unsqueeze(-1))).sum(-1)
+        entropy = s - torch.where(e == 0.0, 0.0, e * d).sum(-1) / sum_exp
+        collision = e.square().sum(-1) / sum_exp.square()
         correct = (logits.argmax(-1) == targets) & ~nll.isnan() & valid & known
-        stacked = torch.stack((nll, torch.exp(-nll), torch.ones_like(nll), lse, entropy, p.square().sum(-1)))
-        stats = MixCEStats.of(torch.where(valid, torch.where(known, stacked, torch.nan), 0.0), correct)
+        stacked = torch.stack((nll, torch.exp(-nll), torch.ones_like(nll), lse, entropy, collision))
+        stacked = torch.where(valid, torch.where(known, stacked, torch.nan), 0.0).to(d.dtype)
+        stats = MixCEStats.of(stacked, correct)
     uniform_ce = s - d.mean(-1) if options.label_smoothing > 0.0 else nll
     loss, weight = mixture(nll, uniform_ce, lse, eta, weighting, stats, options)
     loss = loss * torch.where(valid & ~known, torch.nan, 1.0)
-    return torch.where(valid, loss, 0.0), stats._replace(weight=torch.where(valid, weight, 0.0))
+    weight = torch.where(valid, weight, 0.0)
+    return torch.where(valid, loss, 0.0).to(d.dtype), stats._replace(weight=weight.to(d.dtype))
 
 
 def mixture(

@@ -133,7 +133,7 @@ class Power(Weighting):
     ranges: ClassVar[dict[str, _Range]] = {"alpha": _NOT_NEGATIVE}
 
     def __call__(self, stats: MixCEStats) -> Tensor:
-        return _power_of_q(stats.nll, _like(stats.nll, self.alpha))
+        return _power_of_q(stats.nll, _wide(stats.nll, self.alpha))
 
 
 @dataclass(frozen=True)
@@ -149,9 +149,9 @@ class TaiLr(Weighting):
     ranges: ClassVar[dict[str, _Range]] = {"gamma": _SHARE, "floor": _SHARE}
 
     def __call__(self, stats: MixCEStats) -> Tensor:
-        q, gamma = stats.q, _like(stats.q, self.gamma)
+        q, gamma = stats.q.double(), _wide(stats.q, self.gamma)
         share = torch.where((gamma == 0) & ~q.isnan(), 1.0, q / (gamma + (1 - gamma) * q))
-        return torch.maximum(share, _like(q, self.floor))
+        return torch.maximum(share, _wide(q, self.floor)).to(stats.q.dtype)
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ class Focal(Weighting):
     ranges: ClassVar[dict[str, _Range]] = {"gamma": _NOT_NEGATIVE}
 
     def __call__(self, stats: MixCEStats) -> Tensor:
-        return _power(_not_q(stats.nll), _like(stats.q, self.gamma))
+        return _power(_not_q(stats.nll), _wide(stats.q, self.gamma)).to(stats.q.dtype)
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class Variance(Weighting):
     """f = q (1 - q), the variance of whether the target is drawn: CHORD's phi (arXiv 2508.11408)."""
 
     def __call__(self, stats: MixCEStats) -> Tensor:
-        return stats.q * _not_q(stats.nll)
+        return (stats.q * _not_q(stats.nll)).to(stats.q.dtype)
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,9 @@ class Entropy(Weighting):
     needs_sums: ClassVar[bool] = True
 
     def __call__(self, stats: MixCEStats) -> Tensor:
-        share = stats.entropy.clamp(min=0.0) / _like(stats.q, self.scale)
-        return torch.where(stats.q.isnan(), stats.q, _power(share, _like(stats.q, self.alpha)))
+        share = stats.entropy.double().clamp(min=0.0) / _wide(stats.q, self.scale)
+        factor = _power(share, _wide(stats.q, self.alpha)).to(stats.q.dtype)
+        return torch.where(stats.q.isnan(), stats.q, factor)
 
 
 @dataclass(frozen=True)
@@ -285,14 +286,20 @@ def _like(tensor: Tensor, value: float | Tensor) -> Tensor:
     return value.to(tensor.dtype) if isinstance(value, Tensor) else tensor.new_full((), value)
 
 
+def _wide(tensor: Tensor, value: float | Tensor) -> Tensor:
+    """A parameter in float64, on another tensor's device: of one token this arithmetic costs nothing."""
+    return value.double() if isinstance(value, Tensor) else tensor.new_full((), value, dtype=torch.float64)
+
+
 def _not_q(nll: Tensor) -> Tensor:
-    """1 - q, with digits for a q near 1, and no less than 0 by a rounding."""
-    return torch.expm1(-nll).neg().clamp(min=0.0)
+    """1 - q in float64, with digits for a q near 1, and no less than 0 by a rounding."""
+    return torch.expm1(-nll.double()).neg().clamp(min=0.0)
 
 
 def _power_of_q(nll: Tensor, exponent: Tensor) -> Tensor:
     """q^exponent by log q, which has digits where q has none left."""
-    return torch.exp(torch.where((exponent == 0) & ~nll.isnan(), 0.0, -exponent * nll))
+    log_factor = torch.where((exponent == 0) & ~nll.isnan(), 0.0, -exponent * nll.double())
+    return torch.exp(log_factor).to(nll.dtype)
 
 
 def _power(base: Tensor, exponent: Tensor) -> Tensor:

@@ -47,7 +47,10 @@ def sharded_token_losses(
         z = options.softcap * torch.tanh(options.logit_scale * z / options.softcap)
         m = _largest(z, group)
         d = z - m.unsqueeze(-1)
-    s = sum_over(group, d.exp().sum(-1)).log()
+    # From here on a token has a few numbers, in float64.
+    e = d.exp()
+    sum_exp = sum_over(group, e.sum(-1).double())
+    s = sum_exp.log()
     # A column for a rank that holds none: its gather must have something to read.
     padded = torch.cat((d, d.new_zeros((*d.shape[:-1], 1))), -1)
     index = torch.where(here, local, columns.number).unsqueeze(-1)
@@ -59,20 +62,20 @@ def sharded_token_losses(
         uniform_ce = s - sum_over(group, d.sum(-1)) / vocab_size
     lse = m + s
     with torch.no_grad():
-        log_p = d - s.unsqueeze(-1)
-        p = log_p.exp()
-        entropy = total(-torch.where(p == 0.0, 0.0, p * log_p).sum(-1), group)
-        collision = total(p.square().sum(-1), group)
-        raw = logits.to(s.dtype)
+        entropy = s - total(torch.where(e == 0.0, 0.0, e * d).sum(-1).double(), group) / sum_exp
+        collision = total(e.square().sum(-1).double(), group) / sum_exp.square()
+        raw = logits.to(d.dtype)
         is_largest = raw == _largest(raw, group).unsqueeze(-1)
         positions = torch.arange(columns.number, device=logits.device) + columns.start
-        first = -_largest(torch.where(is_largest, -positions.to(s.dtype), -torch.inf), group)
+        first = -_largest(torch.where(is_largest, -positions.double(), -torch.inf), group)
         correct = (first == targets) & ~nll.isnan() & valid & (held == 1)
         stacked = torch.stack((nll, torch.exp(-nll), torch.ones_like(nll), lse, entropy, collision))
-        stats = MixCEStats.of(torch.where(valid, torch.where(held == 1, stacked, torch.nan), 0.0), correct)
+        stacked = torch.where(valid, torch.where(held == 1, stacked, torch.nan), 0.0).to(d.dtype)
+        stats = MixCEStats.of(stacked, correct)
     loss, weight = mixture(nll, uniform_ce, lse, eta, weighting, stats, options)
     loss = loss * torch.where(valid & (held != 1), torch.nan, 1.0)
-    return torch.where(valid, loss, 0.0), stats._replace(weight=torch.where(valid, weight, 0.0))
+    weight = torch.where(valid, weight, 0.0)
+    return torch.where(valid, loss, 0.0).to(d.dtype), stats._replace(weight=weight.to(d.dtype))
 
 
 def _largest(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from support.oracle import Options
+from support.weightings import WEIGHTINGS
 
 FLOAT32, BFLOAT16, FLOAT16, FLOAT64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 DTYPES = (FLOAT32, BFLOAT16, FLOAT16, FLOAT64)
@@ -33,6 +34,7 @@ class Case:
     target_dtype: torch.dtype = torch.int64
     ignored: str = "some"
     eta: str = "0.3"
+    weighting: str = "probability"
     options: Options = field(default_factory=Options)
     mode: str = "plain"
     reduction: str = "mean"
@@ -191,12 +193,50 @@ def _random_case(seed: int) -> Case:
         token_weights=draw.random() < 0.5,
         num_items=draw.choice(("none", "int", "tensor")) if reduction == "mean" else "none",
         upstream=draw.choice(("1", "3.7", "-2", "0") + (("per_token", "expanded") if reduction == "none" else ())),
+        weighting=draw.choice(("probability", *WEIGHTINGS)),
     )
 
 
 RANDOM = [_random_case(seed) for seed in range(100)]
 
-ALL = SIZES + KINDS + OPTIONS + LAYOUTS + UPSTREAMS + REDUCTIONS + RANDOM
+WEIGHTED = [
+    _BASE.at(name=f"{name}_eta{eta}", weighting=name, eta=eta, dtype=dtype, shape=(12, 515), reduction="none")
+    for name in WEIGHTINGS
+    for eta in ("0", "0.3")
+    for dtype in DTYPES
+]
+WEIGHTED += [
+    _BASE.at(name=f"{name}_{kind}", weighting=name, kind=kind, shape=(12, 2500), eta=eta, dtype=dtype, reduction="none")
+    for name in WEIGHTINGS
+    for kind, eta, dtype in (
+        ("confident", "0", FLOAT32), ("confident", "0.3", FLOAT64), ("confident", "0.3", BFLOAT16),
+        ("masked", "0.3", FLOAT32), ("target_masked", "0", FLOAT32), ("ties", "0", FLOAT16), ("wide", "0.3", FLOAT32),
+        ("nonfinite_rows", "0.3", FLOAT32),
+    )
+]  # fmt: skip
+WEIGHTED += [
+    _BASE.at(name=f"{name}_{options}_{mode}", weighting=name, options=_OPTIONS[options], mode=mode, dtype=dtype)
+    for name in WEIGHTINGS
+    for options, mode, dtype in (
+        ("all", "plain", FLOAT32), ("all", "inplace_grad_in_forward", BFLOAT16), ("smoothing_1", "plain", FLOAT64),
+        ("softcap", "grad_in_forward", FLOAT32), ("z_loss", "inplace", FLOAT16),
+    )
+]  # fmt: skip
+WEIGHTED += [
+    _BASE.at(
+        name=f"{name}_layout_{layout}", weighting=name, layout=layout, shape=(3, 4, 1025), eta="per_token",
+        token_weights=True,
+    )
+    for name in ("power_per_token", "entropy_per_token", "custom", "tailr_floor")
+    for layout in ("sliced", "transposed")
+]  # fmt: skip
+WEIGHTED += [
+    _BASE.at(name=f"{name}_v{size}", weighting=name, shape=(3, size), ignored="none")
+    for name in ("power_0.3", "focal_0.5", "entropy", "collision", "custom")
+    for size in (1, 7, 50257)
+]
+
+ALL = SIZES + KINDS + OPTIONS + LAYOUTS + UPSTREAMS + REDUCTIONS + WEIGHTED + RANDOM
 
 # Calls that ask for statistics.
 STATISTICS = [

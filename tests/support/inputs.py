@@ -12,6 +12,7 @@ from torch import Tensor
 from support.cases import BFLOAT16, FLOAT64, MODES, Case
 from support.numerics import accumulate_dtype, to_numpy
 from support.oracle import TokenResults, np, token_results
+from support.weightings import of_tokens, oracle_of, parameters_of_tokens, plain_of
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Inputs:
     eta: float | Tensor
     upstream: Tensor | None  # of the loss's shape
     keywords: dict[str, Any]
+    parameters: Tensor  # [...] of a weighting that has one for each token
     factors: Tensor = field(init=False)  # [N], of a token's loss in the result
     token_upstream: Tensor = field(init=False)  # [N], of the result's shape or its one entry, for each token
 
@@ -61,9 +63,11 @@ class Inputs:
         memory = self.memory.to(device)
         logits = memory.as_strided(self.logits.shape, self.logits.stride(), self.logits.storage_offset())
         moved = {name: move(value, device) for name, value in self.keywords.items()}
+        if "weighting" in moved:
+            moved["weighting"] = of_tokens(self.case.weighting, self.parameters.to(device))
         return Inputs(
             self.case, computed(logits), memory, move(self.targets, device), move(self.eta, device),
-            move(self.upstream, device), moved,
+            move(self.upstream, device), moved, self.parameters,
         )  # fmt: skip
 
     def oracle(self) -> TokenResults:
@@ -71,8 +75,17 @@ class Inputs:
         dtype = np.dtype(np.longdouble if self.case.dtype == FLOAT64 else np.float64)
         targets = self.flat_targets.cpu().numpy()
         return token_results(
-            to_numpy(self.flat_logits, dtype), targets, to_numpy(self.flat_eta, dtype), self.case.options
-        )
+            to_numpy(self.flat_logits, dtype), targets, to_numpy(self.flat_eta, dtype), self.case.options,
+            self.oracle_weighting(),
+        )  # fmt: skip
+
+    def oracle_weighting(self) -> Any:
+        """The f of the tokens in NumPy."""
+        return oracle_of(self.case.weighting, self.parameters)
+
+    def plain_weighting(self) -> Any:
+        """The f of the tokens as one would write it in PyTorch."""
+        return plain_of(self.case.weighting, self.parameters)
 
 
 def move(value: Any, device: str) -> Any:
@@ -121,7 +134,10 @@ def build(case: Case) -> Inputs:
     upstream = upstreams.get(case.upstream, lambda: torch.full(shape, float(case.upstream), dtype=accumulate))()
     logits, memory = _laid_out(values, case.layout)
     eta = _eta(case.eta, leading, generator)
-    return Inputs(case, computed(logits), memory, targets, eta, upstream, keywords)
+    parameters = parameters_of_tokens(leading, generator)
+    if case.weighting != "probability":
+        keywords["weighting"] = of_tokens(case.weighting, parameters)
+    return Inputs(case, computed(logits), memory, targets, eta, upstream, keywords, parameters)
 
 
 def _targets(case: Case, generator: torch.Generator) -> Tensor:

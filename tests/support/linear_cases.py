@@ -17,6 +17,7 @@ from support.cases import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, Case
 from support.inputs import Inputs, build
 from support.numerics import accumulate_dtype, assert_accurate, plain_losses, to_numpy
 from support.oracle import Options, TokenResults, np, token_results
+from support.weightings import WEIGHTINGS
 
 LINEAR_OPERATORS = ("linear_forward", "linear_grad", "linear_forward_with_grad")
 
@@ -74,6 +75,14 @@ LINEAR += [
     # Of a loss of 1e-20 every digit is that of the products' rounding, and the plain formula may be the luckier.
     if (values, eta, dtype) != ("large", "0", FLOAT64)
 ]
+LINEAR += [
+    _case(f"weighting_{weighting}_{reduction}", weighting=weighting, dtype=dtype, reduction=reduction, values=values)
+    for weighting in WEIGHTINGS
+    for reduction, dtype, values in (
+        ("mean", FLOAT32, "random"), ("none", FLOAT32, "confident"), ("sum", BFLOAT16, "random"),
+        ("mean", FLOAT64, "confident"),
+    )
+]  # fmt: skip
 LINEAR += [_case("masked", bias="masked", dtype=dtype, reduction=red) for dtype in DTYPES for red in ("sum", "none")]
 LINEAR += [
     _case(f"eta_{eta}", eta=eta, dtype=dtype, bias="random")
@@ -157,7 +166,10 @@ class LinearInputs:
         if self.bias is not None:
             logits = logits + to_numpy(self.bias, wide)
         targets = self.tokens.flat_targets.cpu().numpy()
-        results = token_results(logits, targets, to_numpy(self.tokens.flat_eta, wide), self.case.plain.options)
+        results = token_results(
+            logits, targets, to_numpy(self.tokens.flat_eta, wide), self.case.plain.options,
+            self.tokens.oracle_weighting(),
+        )  # fmt: skip
         upstream = (self.tokens.factors * self.tokens.token_upstream).numpy().astype(wide)
         grad_logits = np.where(upstream[:, None] == 0, 0, results.grad * upstream[:, None])
         return results, [grad_logits @ weight, grad_logits.T @ hidden, grad_logits.sum(0)][: len(self.leaves)]
@@ -167,7 +179,10 @@ class LinearInputs:
         dtype = accumulate_dtype(self.case.plain.dtype)
         leaves = [one.detach().to(dtype).requires_grad_() for one in (self.flat_hidden, *self.leaves[1:])]
         logits = F.linear(leaves[0], leaves[1], leaves[2] if len(leaves) > 2 else None)
-        losses = plain_losses(logits, self.tokens.flat_targets, self.tokens.flat_eta.to(dtype), self.case.plain.options)
+        losses = plain_losses(
+            logits, self.tokens.flat_targets, self.tokens.flat_eta.to(dtype), self.case.plain.options,
+            self.tokens.plain_weighting(),
+        )  # fmt: skip
         upstream = (self.tokens.factors * self.tokens.token_upstream).to(dtype)
         grads = torch.autograd.grad(losses, leaves, upstream)
         return losses.detach(), [grad.to(self.case.plain.dtype) for grad in grads]

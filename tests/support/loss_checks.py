@@ -28,7 +28,7 @@ def check(inputs: Inputs, expected: TokenResults, loss: Tensor, grad: Tensor, ex
     plain_eta = inputs.flat_eta.to(accumulate_dtype(case.dtype))
     plain_losses, plain_grad = plain_loss_and_grad(
         inputs.flat_logits, inputs.flat_targets, plain_eta, case.options,
-        upstream if spent is None else inputs.token_upstream, spent,
+        upstream if spent is None else inputs.token_upstream, spent, inputs.plain_weighting(),
     )  # fmt: skip
 
     wide = expected.loss.dtype.type
@@ -75,13 +75,13 @@ def check_statistics(case: Case, stats: MixCEStats) -> None:
     finite = inputs.flat_logits.double().nan_to_num(0, 0, 0).abs()
     spread = float(finite.max()) if finite.numel() else 0.0
     spread = min(spread, case.options.softcap or spread) * case.options.logit_scale + np.log(case.shape[-1]) + 1
-    for name in ("nll", "q", "weight", "lse", "entropy"):
+    for name in ("nll", "q", "weight", "lse", "entropy", "collision"):
         result = getattr(stats, name)
         assert not result.requires_grad
         assert result.dtype == dtype
         assert result.shape == inputs.targets.shape
         wide = getattr(expected, name)
-        magnitude = np.abs(wide) if name in ("q", "weight") else 1.0
+        magnitude = np.abs(wide) if name in ("q", "weight", "collision") else 1.0
         got = to_numpy(result.reshape(-1), wide.dtype)
         if name == "lse":
             # Of a row without a distribution it may be NaN or the limit, +-inf.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ def plain_losses(
     targets: Tensor,  # [N]
     eta: float | Tensor,
     options: Options,
+    weighting: Any = None,  # f of nll, q, entropy and collision, each [N]; None: q
 ) -> Tensor:
     """What one would write in PyTorch without kernels: each token's loss [N], differentiable, 0 where ignored."""
     valid = targets != options.ignore_index
@@ -47,7 +49,13 @@ def plain_losses(
     ce = nll
     if options.label_smoothing > 0:
         ce = (1 - options.label_smoothing) * nll - options.label_smoothing * log_p.mean(-1)
-    loss = (eta + (1 - eta) * torch.exp(-nll.detach())) * ce
+    with torch.no_grad():
+        factor = q = torch.exp(-nll)
+        if weighting is not None:
+            p = log_p.exp()
+            entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)
+            factor = weighting(nll, q, entropy, p.square().sum(-1))
+    loss = (eta + (1 - eta) * factor) * ce
     if options.z_loss > 0:
         loss = loss + options.z_loss * (torch.logsumexp(z, -1) + shift.squeeze(-1)).square()
     return torch.where(valid, loss, 0.0)
@@ -60,6 +68,7 @@ def plain_loss_and_grad(
     options: Options,
     upstream: Tensor,  # [N]
     spent_in_forward: Tensor | None = None,  # [N]
+    weighting: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """The plain formula in float32 or float64: losses [N], and their gradient [N, V] rounded to the logits' type.
 
@@ -68,7 +77,7 @@ def plain_loss_and_grad(
     """
     dtype = accumulate_dtype(logits.dtype)
     leaf = logits.detach().to(dtype).requires_grad_()
-    losses = plain_losses(leaf, targets, eta, options)
+    losses = plain_losses(leaf, targets, eta, options, weighting)
     first = upstream if spent_in_forward is None else spent_in_forward
     (grad,) = torch.autograd.grad(losses, leaf, first.to(dtype))
     grad = grad.to(logits.dtype)

@@ -42,6 +42,7 @@ class TokenResults(NamedTuple):
     weight: np.ndarray
     lse: np.ndarray
     entropy: np.ndarray
+    collision: np.ndarray
     correct: np.ndarray
 
 
@@ -50,13 +51,16 @@ def token_results(
     targets: np.ndarray,  # [N]
     eta: np.ndarray,  # [N]
     options: Options,
+    weighting: Any = None,  # f of nll, q, entropy and collision, each [N]; None: q
 ) -> TokenResults:
     """Loss, gradient and statistics of valid and ignored tokens; every target is ignore_index or in [0, V)."""
     with np.errstate(all="ignore"):
-        return _token_results(logits, targets, eta.astype(logits.dtype), options)
+        return _token_results(logits, targets, eta.astype(logits.dtype), options, weighting)
 
 
-def _token_results(logits: np.ndarray, targets: np.ndarray, eta: np.ndarray, options: Options) -> TokenResults:
+def _token_results(
+    logits: np.ndarray, targets: np.ndarray, eta: np.ndarray, options: Options, weighting: Any
+) -> TokenResults:
     count, vocab_size = logits.shape
     rows = np.arange(count)
     valid = targets != options.ignore_index
@@ -84,7 +88,13 @@ def _token_results(logits: np.ndarray, targets: np.ndarray, eta: np.ndarray, opt
     d_y = d[rows, y]
     nll = s - d_y
     q = np.exp(-nll)
-    w = eta + (1 - eta) * q
+    log_p = d - s[:, None]
+    p = np.exp(log_p)
+    entropy = -np.where(p == 0, 0, p * log_p).sum(-1)
+    entropy = np.where(np.isnan(nll), nll, entropy)
+    collision = (p**2).sum(-1)
+    f = q if weighting is None else np.where(np.isnan(q), q, weighting(nll, q, entropy, collision))
+    w = eta + (1 - eta) * f
     ce = nll
     if smoothing > 0:
         # A target without probability costs infinitely much however it is smoothed: not inf - inf.
@@ -99,14 +109,10 @@ def _token_results(logits: np.ndarray, targets: np.ndarray, eta: np.ndarray, opt
         a = a + 2 * z_loss * lse
         t = t + 2 * z_loss * lse * q
 
-    log_p = d - s[:, None]
-    p = np.exp(log_p)
     grad = a[:, None] * p - c[:, None]
     grad[rows, y] = t
     grad = grad * slope
-    entropy = -np.where(p == 0, 0, p * log_p).sum(-1)
-    entropy = np.where(np.isnan(nll), nll, entropy)
     correct = (x.argmax(-1) == y) & ~np.isnan(nll) & valid
 
-    per_token = (np.where(valid, value, 0) for value in (nll, q, w, lse, entropy))
+    per_token = (np.where(valid, value, 0) for value in (nll, q, w, lse, entropy, collision))
     return TokenResults(np.where(valid, loss, 0), np.where(valid[:, None], grad, 0), *per_token, correct)
