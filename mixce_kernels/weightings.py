@@ -89,6 +89,10 @@ class Weighting:
         """The parameters in their order."""
         return tuple(getattr(self, name) for name in self.ranges)
 
+    def to(self, device: torch.device) -> Weighting:
+        """With its tensors on a device, without waiting for them."""
+        return self._with_tensors(lambda _, tensor: tensor.to(device, non_blocking=True))
+
     def on_tokens(self, targets: Tensor, place: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Weighting:
         """With every tensor among the parameters as `place` has it after it was checked, of targets' shape [...].
 
@@ -96,11 +100,15 @@ class Weighting:
             TypeError: a tensor is not floating.
             ValueError: a tensor requires grad, lies elsewhere or does not broadcast.
         """
-        tensors = {name: value for name in self.ranges if isinstance(value := getattr(self, name), Tensor)}
-        if not tensors:
+        return self._with_tensors(lambda name, tensor: place(token_tensor(name, tensor, targets)))
+
+    def _with_tensors(self, change: Callable[[str, Tensor], Tensor]) -> Weighting:
+        changed = {
+            name: change(name, value) for name in self.ranges if isinstance(value := getattr(self, name), Tensor)
+        }
+        if not changed:
             return self
-        placed = {name: place(token_tensor(name, tensor, targets)) for name, tensor in tensors.items()}
-        return dataclasses.replace(self, **placed)  # type: ignore[type-var]  # only dataclasses have parameters
+        return dataclasses.replace(self, **changed)  # type: ignore[type-var]  # only dataclasses have parameters
 
     def check_values(self) -> None:
         """Reads the tensors among the parameters; raises ValueError where an entry is out of range."""

@@ -132,7 +132,8 @@ def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
     """Takes the case's steps; yields the counts, or the registers and hot loops, of each."""
     from mixce_kernels import backends
     from mixce_kernels.backends import devices
-    from mixce_kernels.backends.results import Results
+    from mixce_kernels.backends.results import STATE_WIDTH, STATS_WIDTH, Results
+    from mixce_kernels.mixture import Mixture
     from mixce_kernels.options import TokenOptions, accumulate_dtype
     from mixce_kernels.reduction import NO_REDUCTION
 
@@ -142,11 +143,12 @@ def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
     logits = (3 * torch.randn(n_rows, case.vocab)).to(dtype)
     targets = torch.randint(0, case.vocab, (n_rows,))
     eta = torch.rand(n_rows, dtype=real) if option.eta_tensor else None
-    losses, state = torch.empty(n_rows, dtype=real), torch.empty((5, n_rows), dtype=real)
+    mixture = Mixture(eta, 0.5)
+    losses, state = torch.empty(n_rows, dtype=real), torch.empty((STATE_WIDTH, n_rows), dtype=real)
     # As of the mean.
     grad_loss, factor = torch.ones((), dtype=real), torch.full((), 3.0, dtype=real)
     token_scale = torch.full((), 1 / n_rows, dtype=torch.float64)
-    stats = torch.empty((5, n_rows), dtype=real) if option.stats else None
+    stats = torch.empty((STATS_WIDTH, n_rows), dtype=real) if option.stats else None
     correct = torch.empty(n_rows, dtype=torch.bool) if option.stats else None
     memory = torch.empty(logits.numel() + option.grad_offset, dtype=dtype)
     grad_logits = memory[option.grad_offset :].view_as(logits)
@@ -156,11 +158,11 @@ def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
 
     def take(step: str) -> None:
         if step == "forward":
-            backend.forward(logits, targets, eta, 0.5, options, NO_REDUCTION, results, None, None)
+            backend.forward(logits, targets, mixture, options, NO_REDUCTION, results, None, None)
         elif step == "backward":
             backend.logits_grad(logits, targets, state, grad_loss, token_scale, options, grad_logits)
         elif step == "grad_in_forward":
-            backend.forward(logits, targets, eta, 0.5, options, NO_REDUCTION, results, token_scale, grad_logits)
+            backend.forward(logits, targets, mixture, options, NO_REDUCTION, results, token_scale, grad_logits)
         else:
             backend.scale_rows_(grad_logits, factor, targets, options.ignore_index)
 

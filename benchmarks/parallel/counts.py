@@ -29,6 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from mixce_kernels import vocab_parallel_mixce_loss
 from mixce_kernels.backends.results import empty_results
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel.backend import ShardBackend
 from mixce_kernels.parallel.shard import Shard
@@ -109,7 +110,8 @@ class _Ours:
         self.results = empty_results(
             self.logits, self.targets, self.reduction, with_state=True, with_stats=self.with_stats
         )
-        self.shard.forward(self.logits, self.targets, None, 0.5, self.options, self.reduction, self.results, None, None)
+        mixture = Mixture(eta_value=0.5)
+        self.shard.forward(self.logits, self.targets, mixture, self.options, self.reduction, self.results, None, None)
 
     def backward(self) -> Tensor:
         grad, grad_loss = torch.empty_like(self.logits), self.results.loss

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.shards import Columns, ShardRows
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.reduction import Reduction
 from parallel.counting import count_launch
@@ -27,8 +28,7 @@ class NoKernels:
         self,
         logits: Tensor,
         targets: Tensor,
-        eta: Tensor | None,
-        eta_value: float,
+        mixture: Mixture,
         options: TokenOptions,
         reduction: Reduction,
         results: Results,
@@ -36,7 +36,7 @@ class NoKernels:
         grad_logits: Tensor | None,
     ) -> None:
         written = (results.losses, results.state, results.stats, results.correct)
-        count_launch(logits, targets, eta, *written, token_scale, grad_logits)
+        count_launch(logits, targets, *mixture.tensors(), *written, token_scale, grad_logits)
         if not reduction.is_identity:
             self.reduce(targets, options.ignore_index, reduction, results.losses, results.loss, results.token_scale)
 
@@ -85,16 +85,17 @@ class NoKernels:
         results = rows.results
         assert results.state is not None
         largest = None if rows.largest_state is None else rows.largest_state[:2]
-        stats = None if results.stats is None else results.stats[::4]
+        stats = None if results.stats is None else results.stats[[0, 4, 5]]
         count_launch(targets, results.losses, results.state[:2], stats, results.correct, largest, message)
 
     def merge_messages(
         self,
         messages: Tensor,
         targets: Tensor,
-        eta: Tensor | None,
-        eta_value: float,
+        mixture: Mixture,
         options: TokenOptions,
         results: Results,
     ) -> None:
-        count_launch(messages, targets, eta, results.losses, results.state, results.stats, results.correct)
+        count_launch(
+            messages, targets, *mixture.tensors(), results.losses, results.state, results.stats, results.correct
+        )

@@ -37,7 +37,7 @@ class TokenMetrics:
 
         Returns:
             nll (nats), perplexity (its exponential), q (the model's probability of the target), weight (the token's
-            weight in the mixture, eta + (1 - eta) * q), entropy (nats), accuracy (share of tokens whose target has the
+            weight in the mixture, eta + (1 - eta) * f), entropy (nats), accuracy (share of tokens whose target has the
             largest logit) and tokens (their number). An empty dictionary where there was no valid token.
         """
         sums, self._sums = self._sums, None

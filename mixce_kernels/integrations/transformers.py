@@ -19,8 +19,10 @@ from mixce_kernels.integrations.linear_model import class_with_linear_loss
 from mixce_kernels.integrations.metrics import TokenMetrics
 from mixce_kernels.integrations.output_embeddings import is_own_forward, output_embeddings, weight_and_bias
 from mixce_kernels.integrations.versions import require
+from mixce_kernels.mixture import check_is_weighting
 from mixce_kernels.options import LinearOptions, LossOptions, check_eta_number
 from mixce_kernels.parallel.shard import Sharding
+from mixce_kernels.weightings import PROBABILITY, CustomWeighting, Weighting
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,6 +39,8 @@ class _CausalLMLoss:
 
     def __init__(self, eta: float | Tensor, options: LossOptions, metrics: TokenMetrics | None) -> None:
         options.for_tokens()
+        check_is_weighting(options.weighting)
+        self.weighting = options.weighting
         self.eta = eta if isinstance(eta, Tensor) else check_eta_number(eta)
         if not isinstance(metrics, (TokenMetrics, type(None))):
             raise TypeError(f"expected metrics to be a TokenMetrics or None, got {type(metrics).__name__}")
@@ -47,9 +51,11 @@ class _CausalLMLoss:
         self, values: Tensor, num_items_in_batch: float | Tensor | None, ignore_index: int | None
     ) -> tuple[float | Tensor, LossOptions]:
         """Eta and the options for a batch of logits or hidden states."""
-        # The last of a model's devices need not be the one that eta was made for.
+        # The last of a model's devices need not be the one that tensors were made for.
         eta = self.eta.to(values.device, non_blocking=True) if isinstance(self.eta, Tensor) else self.eta
-        options = self.options._replace(num_items_in_batch=num_items_in_batch)
+        weighting = self.weighting
+        weighting = weighting.to(values.device) if isinstance(weighting, Weighting) else weighting
+        options = self.options._replace(num_items_in_batch=num_items_in_batch, weighting=weighting)
         return eta, options if ignore_index is None else options._replace(ignore_index=ignore_index)
 
     def _measured(self, result: Any, targets: Tensor, ignore_index: int) -> Tensor:
@@ -75,6 +81,7 @@ class MixCEForCausalLMLoss(_CausalLMLoss):
     Attributes:
         eta: mixing ratio, to be scheduled: assign a number, or write to a tensor, for which `torch.compile` does not
             compile again.
+        weighting: what the weight is made from; assign another.
         metrics: the `TokenMetrics` that every call's tokens are added to, or None.
     """
 
@@ -87,6 +94,7 @@ class MixCEForCausalLMLoss(_CausalLMLoss):
         z_loss: float = 0.0,
         softcap: float | None = None,
         logit_scale: float = 1.0,
+        weighting: CustomWeighting = PROBABILITY,
         inplace_backward: bool = False,
         grad_in_forward: bool = False,
         metrics: TokenMetrics | None = None,
@@ -98,18 +106,19 @@ class MixCEForCausalLMLoss(_CausalLMLoss):
         Args:
             eta: mixing ratio in [0, 1]: a number, or a floating tensor that broadcasts to the labels' shape.
             ignore_index: the label of tokens without a loss, unless the call says another.
-            label_smoothing, z_loss, inplace_backward, grad_in_forward, validate, backend: as in `fused_mixce_loss`.
+            label_smoothing, z_loss, weighting, inplace_backward, grad_in_forward, validate, backend: as in
+                `fused_mixce_loss`.
             softcap, logit_scale: likewise, and after those of the model, whose logits are capped and scaled already.
             metrics: what collects nll, q, entropy, accuracy, ... of each call from the same pass.
 
         Raises:
-            TypeError: an option is not a number.
+            TypeError: an option is not a number, or the weighting no function.
             ValueError: an option is outside its range.
         """
         options = LossOptions(
             ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-            logit_scale=logit_scale, inplace_backward=inplace_backward, grad_in_forward=grad_in_forward,
-            validate=validate, backend=backend,
+            logit_scale=logit_scale, weighting=weighting, inplace_backward=inplace_backward,
+            grad_in_forward=grad_in_forward, validate=validate, backend=backend,
         )  # fmt: skip
         super().__init__(eta, options, metrics)
 
@@ -160,7 +169,7 @@ class LinearMixCEForCausalLMLoss(_CausalLMLoss):
     Attributes:
         head: how the model's logits come from its hidden states.
         defaults: what the backbone is called with unless the caller says otherwise.
-        eta, metrics: as in `MixCEForCausalLMLoss`.
+        eta, weighting, metrics: as in `MixCEForCausalLMLoss`.
     """
 
     def __init__(
@@ -209,6 +218,7 @@ def with_linear_mixce_loss(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    weighting: CustomWeighting = PROBABILITY,
     max_chunk_bytes: int | None = None,
     path: str = "chunks",
     metrics: TokenMetrics | None = None,
@@ -220,7 +230,8 @@ def with_linear_mixce_loss(
     Called with labels it runs the base model and gives hidden states and output embeddings to
     `fused_linear_mixce_loss`; its outputs hold `loss`, and `logits` is None. Called without labels, as by `generate`,
     it is `model`. It is a model of `model`'s class, for `Trainer`, `save_pretrained`, `torch.compile`, DDP, FSDP2 or
-    PEFT. Its attribute `mixce_loss` holds `eta`, to be scheduled, and `metrics`; a `loss_function` is not used.
+    PEFT. Its attribute `mixce_loss` holds `eta`, to be scheduled, `weighting` and `metrics`; a `loss_function` is not
+    used.
 
     `model` and its class keep their loss. Weights, submodules and hooks are those of both. Losses that a model adds by
     itself, as of a router, are refused.
@@ -238,7 +249,7 @@ def with_linear_mixce_loss(
         model: a causal language model of Transformers whose output embeddings are a `torch.nn.Linear`, tied or not. It
             is not yet wrapped by DDP or PEFT; of a `PeftModel` it is the inner model.
         eta: mixing ratio in [0, 1]: a number, or a floating tensor that broadcasts to the labels' shape.
-        ignore_index, label_smoothing, z_loss, max_chunk_bytes, path, validate, backend: as in
+        ignore_index, label_smoothing, z_loss, weighting, max_chunk_bytes, path, validate, backend: as in
             `fused_linear_mixce_loss`.
         metrics: what collects nll, q, entropy, accuracy, ... of each call from the same pass.
 
@@ -263,8 +274,9 @@ def with_linear_mixce_loss(
             "(accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes off that of mixed precision)"
         )
     options = LossOptions(
-        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, validate=validate, backend=backend
-    )
+        ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, weighting=weighting,
+        validate=validate, backend=backend,
+    )  # fmt: skip
     linear_options = LinearOptions(max_chunk_bytes=max_chunk_bytes, path=path)
     loss = LinearMixCEForCausalLMLoss(model, eta, options, linear_options, metrics)
     # A shallow copy: its own attributes, but the same submodules and weights.

@@ -17,6 +17,7 @@ from mixce_kernels.integrations.transformers import transformers, with_linear_mi
 from mixce_kernels.integrations.versions import require
 from mixce_kernels.modules import LinearMixCELoss
 from mixce_kernels.options import check_eta_number
+from mixce_kernels.weightings import PROBABILITY, Weighting, parse
 
 # 1.0 is the first release whose interface is declared stable; 2 is announced to take out what 1.16 warns of.
 OLDEST_TRL, BELOW_TRL = "1.0.0", "2"
@@ -38,6 +39,9 @@ class MixCESFTConfig(SFTConfig):  # type: ignore[misc]  # TRL's types are not fo
 
     Attributes:
         eta: mixing ratio in [0, 1] at the start; `MixCESFTTrainer.mixce_loss.eta` schedules it.
+        weighting: what a token's weight is made from, as `mixce_kernels.weightings.parse` reads it: "Power(alpha=0.5)".
+            A weighting itself is taken, too, and kept as that string. A function of one's own is no configuration:
+            assign it to `MixCESFTTrainer.mixce_loss.weighting`.
         z_loss, max_chunk_bytes, backend: as in `fused_linear_mixce_loss`.
     """
 
@@ -46,6 +50,13 @@ class MixCESFTConfig(SFTConfig):  # type: ignore[misc]  # TRL's types are not fo
         metadata={
             "help": "Mixing ratio of the loss, from 1 (forward cross-entropy, TRL's 'nll') to 0 (its reverse "
             "approximation, TRL's 'dft')."
+        },
+    )
+    weighting: str = field(
+        default=repr(PROBABILITY),
+        metadata={
+            "help": "f of a token's weight eta + (1 - eta) f, such as 'Power(alpha=0.5)', 'Variance' or "
+            "'Entropy(alpha=1.0, scale=3.0)'."
         },
     )
     z_loss: float = field(
@@ -75,6 +86,9 @@ class MixCESFTConfig(SFTConfig):  # type: ignore[misc]  # TRL's types are not fo
         """
         super().__post_init__()
         self.eta = check_eta_number(self.eta)
+        given = self.weighting
+        # By its repr, since a configuration is written as text.
+        self.weighting = repr(parse(repr(given) if isinstance(given, Weighting) else given))
         LinearMixCELoss(
             self.eta,
             label_smoothing=self.label_smoothing_factor,
@@ -115,6 +129,7 @@ class _LinearLossTrainer(Trainer):  # type: ignore[misc]  # Transformers' types 
             args.eta,
             label_smoothing=args.label_smoothing_factor,
             z_loss=args.z_loss,
+            weighting=parse(args.weighting),
             max_chunk_bytes=args.max_chunk_bytes,
             metrics=_BatchMetrics(),
             backend=args.backend,
@@ -146,6 +161,7 @@ class MixCESFTTrainer(SFTTrainer, _LinearLossTrainer):  # type: ignore[misc]  # 
 
     Attributes:
         mixce_loss: holds `eta`; assign a number or a tensor to schedule it. In a callback it is `model.mixce_loss`.
+            Likewise `weighting`, which may be a function of one's own.
     """
 
     # For the model card.

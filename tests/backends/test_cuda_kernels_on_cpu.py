@@ -137,20 +137,24 @@ def guarded(values: Tensor, *, at_end: bool) -> Tensor:
 @pytest.mark.parametrize("vocab_size", [1, 3, 1000, 1023, 2049, 8191, 50257])
 def test_kernels_stay_within_their_tensors(vocab_size: int, dtype: torch.dtype, at_end: bool) -> None:
     from mixce_kernels.backends import cuda
-    from mixce_kernels.backends.results import Results
+    from mixce_kernels.backends.results import STATE_WIDTH, STATS_WIDTH, Results
+    from mixce_kernels.mixture import Mixture
     from mixce_kernels.options import TokenOptions, accumulate_dtype
     from mixce_kernels.reduction import Reduction
+    from mixce_kernels.weightings import KINDS, Entropy
 
     real = accumulate_dtype(dtype)
     options = TokenOptions(label_smoothing=0.1, softcap=20.0)
     logits = torch.randn(3, vocab_size).to(dtype)
     targets = torch.tensor([0, vocab_size - 1, -100])
     eta, grad_loss = torch.rand(3, dtype=real), torch.rand(3, dtype=real)
+    parameters = torch.rand(2, 3, dtype=real) + 0.5
     token_scale, weights = torch.rand(3, dtype=torch.float64), torch.rand(3, dtype=torch.bfloat16)
 
     def outcome(put: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """All that the backend's functions write, with every tensor where `put` copies it."""
         x, y, etas, upstream, scale = (put(tensor) for tensor in (logits, targets, eta, grad_loss, token_scale))
+        mixture = Mixture(etas, 0.0, KINDS.index(Entropy), put(parameters))
         reductions = Reduction("none", put(weights)), Reduction("mean", put(weights), put(torch.tensor([7])))
         nothing = torch.full((3,), torch.nan, dtype=real)
         # Two with weights: a number for all tokens, and one each.
@@ -158,17 +162,17 @@ def test_kernels_stay_within_their_tensors(vocab_size: int, dtype: torch.dtype, 
             Results(
                 put(nothing[:1]) if reduction.sums else put(nothing),
                 put(nothing.double()),
-                put(nothing.expand(5, 3)),
-                put(nothing.expand(5, 3)),
+                put(nothing.expand(STATE_WIDTH, 3)),
+                put(nothing.expand(STATS_WIDTH, 3)),
                 put(torch.zeros(3, dtype=torch.bool)),
                 put(nothing),
             )
             for reduction in reductions
         )
         grad, scaled = (put(torch.full_like(logits, torch.nan)) for _ in range(2))
-        cuda.forward(x, y, etas, 0.0, options, reductions[0], results, None, None)
+        cuda.forward(x, y, mixture, options, reductions[0], results, None, None)
         cuda.logits_grad(x, y, results.state, upstream, results.token_scale, options, grad)
-        cuda.forward(x, y, etas, 0.0, options, reductions[1], again, scale, scaled)
+        cuda.forward(x, y, mixture, options, reductions[1], again, scale, scaled)
         cuda.scale_rows_(scaled, upstream, y, -100)
         return [tensor.clone() for tensor in (x, *results, *again, grad, scaled)]
 

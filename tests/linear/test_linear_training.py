@@ -79,14 +79,14 @@ def test_operators(kernels: str, device: str) -> None:
     hidden, weight, bias = leaves(device)
     targets = targets_of(hidden)
     shared = (
-        hidden, weight, bias, targets, None, 0.3, -100, 0.1, 0.0, None, 1.0, "mean", None, None, None,
-        torch.float32, CHUNK, device == "cpu", "chunks", kernels,
+        hidden, weight, bias, targets, None, 0.3, 7, None, 0.0, 0.0, -100, 0.1, 0.0, None, 1.0, "mean", None, None,
+        None, torch.float32, CHUNK, device == "cpu", "chunks", kernels,
     )  # fmt: skip
     no_grad = tuple(one.detach() if isinstance(one, Tensor) else one for one in shared)
-    _, token_scale, state, *_ = torch.ops.mixce_kernels.linear_forward(*no_grad, False)
+    _, token_scale, state, *_ = torch.ops.mixce_kernels.linear_forward(*no_grad, True)
     upstream = torch.rand((), device=device)
     utilities = ("test_schema", "test_faketensor")
-    others = ((True,), (state, upstream, token_scale, [True, False, True]), (False, [True, True, False]))
+    others = ((True,), (state, upstream, token_scale, [True, False, True]), (True, [True, True, False]))
     for name, rest in zip(LINEAR_OPERATORS, others, strict=True):
         args = (*no_grad, *rest)
         torch.library.opcheck(getattr(torch.ops.mixce_kernels, name).default, args, test_utils=utilities)

@@ -279,19 +279,22 @@ def _operator_arguments(
     targets = torch.tensor([[0, 32, -100, 4], [5, 6, 7, -100]], device=device)
     scale = torch.rand(2, 4, device=device).to(torch.float64 if dtype == torch.float64 else torch.float32)
     options = (-100, 0.1, 1e-3, 20.0, 1.3)
+    # TaiLr, of one parameter for all tokens, or of two for each.
+    parameters = None if eta is None else torch.rand(2, 2, 4, device=device).to(scale.dtype)
+    mixture = (eta, 0.3, 2, parameters, 0.5, 0.1)
     reduction = ("mean", scale, None, None) if with_weights else ("none", None, None, None)
     arguments = {
-        "forward": (logits, targets, eta, 0.3, *options, *reduction, True, with_weights, False, backend),
-        "forward_with_grad": (logits, targets, eta, 0.3, *options, *reduction, True, backend),
-        "forward_with_grad_": (logits, targets, eta, 0.3, *options, *reduction, True, backend),
+        "forward": (logits, targets, *mixture, *options, *reduction, True, with_weights, False, backend),
+        "forward_with_grad": (logits, targets, *mixture, *options, *reduction, True, backend),
+        "forward_with_grad_": (logits, targets, *mixture, *options, *reduction, True, backend),
         "scale_rows_": (logits, scale, targets, -100, backend),
     }
     if name in arguments:
         return arguments[name]
     _, token_scale, state, _, _ = torch.ops.mixce_kernels.forward(*arguments["forward"])
     upstream = (torch.tensor(1.5, device=device).to(scale.dtype), token_scale) if with_weights else (scale, None)
-    etas = (eta, 0.3) if name == "logits_grad" else ()
-    return logits, targets, state, *upstream, *etas, *options, backend
+    mixed = mixture if name == "logits_grad" else ()
+    return logits, targets, state, *upstream, *mixed, *options, backend
 
 
 OPERATORS = ("forward", "logits_grad", "logits_grad_", "forward_with_grad", "forward_with_grad_", "scale_rows_")

@@ -59,7 +59,7 @@ class _AsOnGpu:
         return cpu.unavailable(*args)
 
     def forward(self, *args: Any) -> None:
-        reduction = args[5]
+        reduction = args[4]
         self.launches.ours += ["forward"] if reduction.is_identity else ["forward", "reduce"]
         cpu.forward(*args)
 

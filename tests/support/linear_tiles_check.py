@@ -13,6 +13,7 @@ from mixce_kernels import fused_linear_mixce_loss
 from mixce_kernels.backends.results import Results
 from mixce_kernels.linear import tiles as linear_tiles
 from mixce_kernels.linear import tiles_launch
+from mixce_kernels.mixture import Mixture
 from support.cases import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from support.linear_cases import LinearCase, LinearInputs, _case, build_linear, check_linear
 from support.numerics import accumulate_dtype, assert_accurate
@@ -77,7 +78,7 @@ def check_tiny_upstream(upstream: float, values: str = "random", eta: str = "0.3
     hidden, weight, n_rows = inputs.hidden.detach(), inputs.weight.detach(), len(tokens.targets)
     loss, state = torch.empty(n_rows), torch.empty(5, n_rows)
     results = Results(loss, None, state, None, None, loss)
-    linear_tiles.forward(hidden, weight, None, tokens.targets, None, float(tokens.eta), options, results)
+    linear_tiles.forward(hidden, weight, None, tokens.targets, Mixture(eta_value=float(tokens.eta)), options, results)
     grads = [torch.empty(hidden.shape), torch.empty(weight.shape)]
     linear_tiles.grad(
         hidden, weight, None, tokens.targets, state, torch.full((n_rows,), upstream), options, *grads, None

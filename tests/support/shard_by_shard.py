@@ -11,6 +11,7 @@ from torch import Tensor
 from mixce_kernels import backends
 from mixce_kernels.backends.results import Results, empty_results
 from mixce_kernels.backends.shards import Columns
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel import backend as parallel
 from mixce_kernels.parallel.shard import Shard
@@ -33,7 +34,7 @@ def shard_by_shard(
     columns: Sequence[Columns],
     logits: Tensor,  # [..., V]
     targets: Tensor,  # [...]
-    eta: float | Tensor,
+    mixture: Mixture,
     options: TokenOptions,
     grad_loss: Tensor,  # [...]
     *,
@@ -53,10 +54,9 @@ def shard_by_shard(
         ranks.append(parallel.ShardBackend(backends.get(backend), Shard("", start, vocab_size, check_group=False)))
 
     def forward(rank: int, gather: object, results: Results, grad: Tensor | None) -> None:
-        tensor, value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
         scale = None if grad is None else grad_loss.double()
         with mock.patch.object(parallel, "all_gather", gather), mock.patch.object(Shard, "group", None):
-            ranks[rank].forward(shards[rank], targets, tensor, value, options, NO_REDUCTION, results, scale, grad)
+            ranks[rank].forward(shards[rank], targets, mixture, options, NO_REDUCTION, results, scale, grad)
 
     def memory(shard: Tensor) -> Results:
         return empty_results(shard, targets, NO_REDUCTION, with_state=True, with_stats=with_stats)

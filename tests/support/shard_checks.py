@@ -10,13 +10,17 @@ import torch
 from mixce_kernels import MixCEStats, backends
 from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.shards import Columns
+from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
+from mixce_kernels.weightings import PROBABILITY
 from support.cases import BFLOAT16, DTYPES, FLOAT32, FLOAT64, Case
 from support.inputs import build
 from support.loss_checks import check, check_statistics
+from support.numerics import accumulate_dtype
 from support.oracle import Options, np, token_results
 from support.shard_by_shard import shard_by_shard, split_columns
 from support.shards import SPLITS
+from support.weightings import WEIGHTINGS
 
 EVERY = Options(label_smoothing=0.2, z_loss=1e-2, softcap=4.0, logit_scale=1.3, ignore_index=7)
 OPTIONS = {
@@ -50,6 +54,13 @@ CASES += [
     BASE.at(name="shards_one_column", shape=(4, 1), options=Options(label_smoothing=0.1)),
     BASE.at(name="shards_one_token", shape=(33,), eta="1"),
 ]
+CASES += [
+    BASE.at(name=f"shards_{name}", weighting=name, kind=kind, dtype=dtype, options=OPTIONS[options])
+    for name in WEIGHTINGS
+    if name != "custom"  # of no kernel
+    for kind, dtype, options in (("random", FLOAT32, "plain"), ("confident", FLOAT32, "every"))
+]
+MIXTURE = Mixture(eta_value=0.3)
 # For an emulation that compiles each kernel of a new type or option for long.
 FEW = [
     (number, case)
@@ -64,9 +75,11 @@ def check_case(number: int, case: Case, backend: str, extra_ulps: int = 0) -> No
     columns = split_columns(list(SPLITS)[number // 2 % len(SPLITS)], case.shape[-1], ranks)
     inputs = build(case)
     eta = inputs.eta.expand(inputs.targets.shape) if isinstance(inputs.eta, torch.Tensor) else inputs.eta
-    for stats in (with_stats, not with_stats):
+    weighting = inputs.keywords.get("weighting", PROBABILITY)
+    mixture = Mixture.of(eta, weighting, inputs.targets, accumulate_dtype(case.dtype))
+    for stats in {with_stats or weighting.needs_sums, not with_stats or weighting.needs_sums}:
         results, grads = shard_by_shard(
-            backend, columns, inputs.logits, inputs.targets, eta, TokenOptions(*case.options), inputs.upstream,
+            backend, columns, inputs.logits, inputs.targets, mixture, TokenOptions(*case.options), inputs.upstream,
             with_stats=stats, padded=padded, in_forward=number % 5 == 0,
         )  # fmt: skip
         check(inputs, inputs.oracle(), results.loss, torch.cat(grads, -1), extra_ulps)
@@ -99,11 +112,19 @@ def check_rare_rows(backend: str) -> None:
                 options = options._replace(ignore_index=-100, softcap=1e-3)
             values, upstream = logits.to(dtype), upstream.to(dtype)
             results, grads = shard_by_shard(
-                backend, THREE, values, targets, eta.to(dtype), TokenOptions(*options), upstream, with_stats=True
+                backend,
+                THREE,
+                values,
+                targets,
+                Mixture(eta.to(dtype)),
+                TokenOptions(*options),
+                upstream,
+                with_stats=True,
             )
             expected = token_results(values.double().numpy(), targets.numpy(), eta.double().numpy(), options)
             found = {"loss": results.loss, "grad": torch.cat(grads, -1), "nll": results.stats[0]}
             found |= {"q": results.stats[1], "weight": results.stats[2], "entropy": results.stats[4]}
+            found |= {"collision": results.stats[5]}
             for name, one in found.items():
                 exact = getattr(expected, name)
                 exact = exact * upstream.double().numpy()[:, None] if name == "grad" else exact
@@ -127,7 +148,7 @@ def check_targets_not_held_once(backend: str) -> None:
                 columns: list[Columns] = columns, targets: torch.Tensor = targets, with_stats: bool = with_stats
             ) -> tuple[Results, list[torch.Tensor]]:
                 return shard_by_shard(
-                    backend, columns, logits, targets, 0.3, TokenOptions(), torch.ones(6), with_stats=with_stats
+                    backend, columns, logits, targets, MIXTURE, TokenOptions(), torch.ones(6), with_stats=with_stats
                 )
 
             if backends.get(backend).checks_targets:
@@ -157,7 +178,7 @@ def check_launches(backend: str, launched: Callable[[], list[str]]) -> None:
     for with_stats in (False, True):
         launched()
         shard_by_shard(
-            backend, [Columns(0, 300)], logits, targets, 0.3, TokenOptions(), upstream, with_stats=with_stats
+            backend, [Columns(0, 300)], logits, targets, MIXTURE, TokenOptions(), upstream, with_stats=with_stats
         )
         names = launched()
         assert len(names) == 3 + 4 + 2, names
