@@ -11,6 +11,7 @@ from torch import Tensor
 
 from conftest import EMULATED
 from mixce_kernels import MixCELoss, fused_mixce_loss, mixce_loss_reference
+from mixce_kernels.weightings import Band, Entropy, Focal, Power, TaiLr
 from support.refusals import OPTIONS, Quantized, assert_sentence
 
 nan = float("nan")
@@ -29,6 +30,26 @@ def targets(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
 
 META = torch.zeros(2, 3, device="meta")
 
+# Parameters as tensors are checked with the call, and a function's result once it is there.
+WEIGHTINGS: dict[str, tuple[Any, type[Exception], str]] = {
+    "integer": (Power(torch.tensor(1)), TypeError, "expected alpha to be a number or a floating tensor.*torch.int64"),
+    "requires_grad": (Power(torch.tensor(1.0, requires_grad=True)), ValueError, "expected alpha without requires_grad"),
+    "elsewhere": (Power(META), ValueError, "expected alpha on cpu with the logits, got meta"),
+    "shape": (TaiLr(0.5, torch.zeros(2)), ValueError, r"expected floor to broadcast.*\[2, 3\], got shape \[2\]"),
+    "entry": (Power(torch.tensor(-1.0)), ValueError, "every entry of alpha to be finite and not negative, got one"),
+    "entry_nan": (Entropy(1.0, torch.tensor(nan)), ValueError, "every entry of scale to be positive and finite, got"),
+    "entry_above": (TaiLr(torch.full((3,), 1.5)), ValueError, r"every entry of gamma to be in \[0, 1\], got one"),
+    "result_list": (lambda stats: [1.0], TypeError, "weighting's result to be a tensor of torch.float32, got list"),
+    "result_dtype": (lambda stats: stats.q.double(), TypeError, "of torch.float32, got a tensor of torch.float64"),
+    "result_bool": (lambda stats: stats.q > 0.5, TypeError, "tensor of torch.float32, got a tensor of torch.bool"),
+    "result_shape": (lambda stats: stats.q[0], ValueError, r"result of targets' shape \[2, 3\], got \[3\]"),
+    "result_scalar": (lambda stats: stats.q.mean(), ValueError, r"result of targets' shape \[2, 3\], got \[\]"),
+    "result_elsewhere": (lambda stats: stats.q.to("meta"), ValueError, "weighting's result on cpu, got meta"),
+    "result_requires_grad": (
+        lambda stats: torch.ones(2, 3, requires_grad=True), ValueError, "result without requires_grad, got one with"
+    ),
+    "result_negative": (lambda stats: -stats.q, ValueError, "result to be nowhere negative, got a negative entry"),
+}  # fmt: skip
 # Positional arguments, keywords, error, and the sentence.
 CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
     "logits_type": (([1.0], targets()), {}, TypeError, "expected logits to be a tensor, got list"),
@@ -107,6 +128,10 @@ CALLS: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] =
         (logits(), targets()), {"num_items_in_batch": -1}, ValueError, "finite and not negative, got -1"
     ),
     "num_items_nan": ((logits(), targets()), {"num_items_in_batch": nan}, ValueError, "not negative, got nan"),
+    **{
+        f"weighting_{name}": ((logits(), targets()), {"weighting": weighting, "validate": True}, error, sentence)
+        for name, (weighting, error, sentence) in WEIGHTINGS.items()
+    },
     "num_items_string": ((logits(), targets()), {"num_items_in_batch": "3"}, TypeError, "to be a number, got str"),
 }  # fmt: skip
 
@@ -135,6 +160,33 @@ def test_wrong_options(name: str) -> None:
         with pytest.raises(error, match=sentence) as caught:
             call()
         assert_sentence(caught)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "sentence"),
+    [
+        (lambda: Power(-0.1), ValueError, "expected alpha to be finite and not negative, got -0.1"),
+        (lambda: Power(nan), ValueError, "expected alpha to be finite and not negative, got nan"),
+        (lambda: Power(inf), ValueError, "expected alpha to be finite and not negative, got inf"),
+        (lambda: Power("1"), TypeError, "expected alpha to be a number, got str"),
+        (lambda: Power(None), TypeError, "expected alpha to be a number, got NoneType"),
+        (lambda: TaiLr(1.1), ValueError, r"expected gamma to be in \[0, 1\], got 1.1"),
+        (lambda: TaiLr(-0.1), ValueError, r"expected gamma to be in \[0, 1\], got -0.1"),
+        (lambda: TaiLr(0.5, 2), ValueError, r"expected floor to be in \[0, 1\], got 2"),
+        (lambda: Band(-0.1, 0.5), ValueError, r"expected low to be in \[0, 1\], got -0.1"),
+        (lambda: Band(0.1, nan), ValueError, r"expected high to be in \[0, 1\], got nan"),
+        (lambda: Band(0.6, 0.5), ValueError, "expected low <= high, got low=0.6 and high=0.5"),
+        (lambda: Focal(-1), ValueError, "expected gamma to be finite and not negative, got -1"),
+        (lambda: Entropy(-1), ValueError, "expected alpha to be finite and not negative, got -1"),
+        (lambda: Entropy(1, 0), ValueError, "expected scale to be positive and finite, got 0"),
+        (lambda: Entropy(1, inf), ValueError, "expected scale to be positive and finite, got inf"),
+    ],
+)
+def test_parameters_of_weightings(make: Callable[[], Any], error: type[Exception], sentence: str) -> None:
+    """Numbers are checked when a weighting is made."""
+    with pytest.raises(error, match=sentence) as caught:
+        make()
+    assert_sentence(caught)
 
 
 @pytest.mark.parametrize(("eta", "end"), [(-3.2e-16, 0.0), (-1e-6, 0.0), (1 + 1e-9, 1.0), (1 + 1e-6, 1.0)])

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from mixce_kernels.weightings import Power
+
 nan = float("nan")
 inf = float("inf")
 
@@ -54,6 +56,9 @@ OPTIONS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "smoothing_above": ({"label_smoothing": 1.1}, ValueError, r"label_smoothing in \[0, 1\], got 1.1"),
     "smoothing_nan": ({"label_smoothing": nan}, ValueError, r"label_smoothing in \[0, 1\], got nan"),
     "smoothing_type": ({"label_smoothing": "0"}, TypeError, "expected label_smoothing to be a number, got str"),
+    "weighting_string": ({"weighting": "dft"}, TypeError, "weighting to be one of mixce_kernels.weightings.*, got str"),
+    "weighting_none": ({"weighting": None}, TypeError, "weightings or a function of MixCEStats, got NoneType"),
+    "weighting_class": ({"weighting": Power}, TypeError, "weighting to be an instance, got the class Power"),
     "z_loss_negative": ({"z_loss": -1e-4}, ValueError, "z_loss to be finite and not negative, got -0.0001"),
     "z_loss_inf": ({"z_loss": inf}, ValueError, "z_loss to be finite and not negative, got inf"),
     "z_loss_nan": ({"z_loss": nan}, ValueError, "z_loss to be finite and not negative, got nan"),
