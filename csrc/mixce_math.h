@@ -127,12 +127,30 @@ struct Mixture {
   double first, second;
 };
 
+// exp(y): in float32 of the part of y that is no power of two, since a y near 10 leaves a float a digit less.
+template <typename Elementary>
+MIXCE_INLINE double exp_of(double y) {
+  if (sizeof(Elementary) == sizeof(double)) return exp(y);
+  if (!(y >= -700)) return y < -700 ? 0 : y;
+  const double exponent = fmin(y, 700.0) * kLog2E<double>, whole = rint(exponent);
+  return ldexp(exp2(static_cast<Elementary>(exponent - whole)), static_cast<int>(whole));
+}
+
+// log(x) of an x > 0, likewise.
+template <typename Elementary>
+MIXCE_INLINE double log_of(double x) {
+  if (sizeof(Elementary) == sizeof(double)) return log(x);
+  int whole = 0;
+  double fraction = frexp(x, &whole);
+  if (fraction < 0.7) fraction *= 2, --whole;
+  return whole / kLog2E<double> + log1p(static_cast<Elementary>(fraction - 1));
+}
+
 // x^exponent of an x that is no less than 0, or by a rounding.
 template <typename Elementary>
 MIXCE_INLINE double power(double x, double exponent) {
   if (exponent == 0) return 1;
-  if (!(x > 0)) return 0;
-  return exp(static_cast<Elementary>(exponent * log(static_cast<Elementary>(x))));
+  return x > 0 ? exp_of<Elementary>(exponent * log_of<Elementary>(x)) : 0;
 }
 
 // A token's f, NaN where q is. `not_q` is 1 - q; q is compared as the statistics return it, as a Real.
@@ -167,7 +185,7 @@ MIXCE_INLINE double weighting_factor(const Mixture& mixture, double nll, double 
     case Weighting::kGiven:
       return first;
   }
-  return exponent == 0 ? 1 : exp(static_cast<Elementary>(-exponent * nll));
+  return exponent == 0 ? 1 : exp_of<Elementary>(-exponent * nll);
 }
 
 // The mixture of Zhang et al. 2023 (arXiv 2305.16958), with another weighting in the place of q where asked
@@ -182,7 +200,7 @@ MIXCE_INLINE TokenTerms token_terms(double m, const RowSums& row, const Mixture&
   double ce = nll;
   // As nll + smoothing * (z_target - mean z), but without inf - inf where both are -inf.
   if (smoothing > 0) ce = smoothing * (s - row.mean_shifted) + (smoothing < 1 ? (1 - smoothing) * nll : 0);
-  const double q = exp(static_cast<Elementary>(-nll));
+  const double q = exp_of<Elementary>(-nll);
   // expm1: 1 - q has no digits left for q near 1, the tokens that the mixture weighs most.
   const double not_q = -expm1(static_cast<Elementary>(-nll));
   const double eta = mixture.eta;

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harness.contenders import IGNORE_INDEX
-from mixce_kernels import mixce_loss_reference
+from mixce_kernels import MixCEStats, mixce_loss_reference
+from mixce_kernels.weightings import PROBABILITY, Weighting
 
 # The logits repeat after this many rows: the oracle computes these alone, and the check is of the shape that is timed.
 PERIOD = 32
@@ -101,17 +102,28 @@ def _loss_and_grad(
     return float(loss), token_losses, grad, float(weights.max())
 
 
-def oracle_losses(logits: Tensor, targets: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+def oracle_losses(
+    logits: Tensor, targets: Tensor, eta: float, weighting: Weighting = PROBABILITY
+) -> tuple[Tensor, Tensor]:
     """Losses and weights [N] of the package's oracle."""
-    result = mixce_loss_reference(logits, targets, eta, ignore_index=IGNORE_INDEX, reduction="none", return_stats=True)
+    result = mixce_loss_reference(
+        logits, targets, eta, ignore_index=IGNORE_INDEX, weighting=weighting, reduction="none", return_stats=True
+    )
     assert isinstance(result, tuple)
     return result[0], result[1].weight
 
 
-def plain_losses(logits: Tensor, targets: Tensor, eta: float) -> tuple[Tensor, Tensor]:
+def plain_losses(
+    logits: Tensor, targets: Tensor, eta: float, weighting: Weighting = PROBABILITY
+) -> tuple[Tensor, Tensor]:
     """Losses and weights [N] by PyTorch's own cross-entropy: the measure of what rounding costs."""
     nll = F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
-    weights = eta + (1.0 - eta) * torch.exp(-nll.detach())
+    with torch.no_grad():
+        log_p = F.log_softmax(logits, -1)
+        p = log_p.exp()
+        none = torch.zeros_like(nll)
+        stats = MixCEStats(nll, torch.exp(-nll), none, none, -(p * log_p).sum(-1), p.square().sum(-1), none)
+        weights = eta + (1.0 - eta) * weighting(stats)
     return weights * nll, weights
 
 

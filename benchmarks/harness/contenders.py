@@ -29,12 +29,27 @@ def refuse_unknown(wanted: Iterable[str], able: Iterable[str], left_out: Mapping
 
 def plain_mixce(logits: Tensor, targets: Tensor) -> Tensor:
     """MixCE as its authors write it, with the conversion to float32 of Transformers' losses."""
-    log_p = F.log_softmax(logits.float(), dim=-1)
+    return _weighted_mean(F.log_softmax(logits.float(), dim=-1), targets, lambda log_p, q: q)
+
+
+def plain_power(logits: Tensor, targets: Tensor, alpha: float) -> Tensor:
+    """The same with q^alpha in the place of q."""
+    return _weighted_mean(F.log_softmax(logits.float(), dim=-1), targets, lambda log_p, q: q**alpha)
+
+
+def plain_entropy(logits: Tensor, targets: Tensor, scale: float) -> Tensor:
+    """The same with the entropy of the row, divided by `scale`, in the place of q."""
+    return _weighted_mean(
+        F.log_softmax(logits.float(), dim=-1), targets, lambda log_p, q: -(log_p.exp() * log_p).sum(-1) / scale
+    )
+
+
+def _weighted_mean(log_p: Tensor, targets: Tensor, factor_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     valid = targets != IGNORE_INDEX
     index = torch.where(valid, targets, 0).unsqueeze(-1)
     nll = -log_p.gather(-1, index).squeeze(-1)
-    q = torch.exp(-nll.detach())
-    loss = ETA * nll + (1.0 - ETA) * q * nll
+    factor = factor_of(log_p.detach(), torch.exp(-nll.detach()))
+    loss = ETA * nll + (1.0 - ETA) * factor * nll
     return (loss * valid).sum() / valid.sum()
 
 

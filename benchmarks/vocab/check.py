@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 
-from harness.check import Expected, FewRows
+from harness.check import Expected, FewRows, oracle_losses, plain_losses
+from mixce_kernels.weightings import Weighting
 
 
 class Inputs(FewRows):
@@ -23,13 +24,14 @@ class Inputs(FewRows):
         # No leaf, which a gradient may not overwrite, but computed, as a model's logits are.
         self.logits = self.pristine + torch.zeros((), dtype=dtype, device=device, requires_grad=True)  # [N, V]
         self.scratch = torch.empty_like(self.pristine)  # [N, V]
-        self._expected: dict[float, Expected] = {}
+        self._expected: dict[tuple[float, Weighting], Expected] = {}
 
-    def expected(self, eta: float) -> Expected:
-        """The oracle's results with this eta."""
-        if eta not in self._expected:
-            self._expected[eta] = Expected(self, eta)
-        return self._expected[eta]
+    def expected(self, eta: float, weighting: Weighting) -> Expected:
+        """The oracle's results with this eta and weighting."""
+        if (eta, weighting) not in self._expected:
+            oracle, plain = (partial(losses, weighting=weighting) for losses in (oracle_losses, plain_losses))
+            self._expected[eta, weighting] = Expected(self, eta, oracle, plain)
+        return self._expected[eta, weighting]
 
     @cached_property
     def nbytes(self) -> int:

@@ -8,6 +8,8 @@ target is not IGNORE_INDEX:
     inplace                   both, the gradient written over the logits in backward
     grad_in_forward           both, the gradient computed in forward
     grad_in_forward_inplace   both, the gradient written over the logits in forward
+
+In one cell other weightings take part, too: a function of q and one of the entropy, and MixCE with statistics.
 """
 
 from __future__ import annotations
@@ -25,8 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.contenders import ETA, IGNORE_INDEX, add_installed, from_file, plain_mixce
+from harness.contenders import (
+    ETA,
+    IGNORE_INDEX,
+    add_installed,
+    from_file,
+    plain_entropy,
+    plain_mixce,
+    plain_power,
+)
 from mixce_kernels import backends, fused_mixce_loss
+from mixce_kernels.weightings import PROBABILITY, Entropy, Power, Weighting
 
 COPY, READ = "copy", "read"
 # What the backends of a GPU would be on CPU tensors.
@@ -34,17 +45,24 @@ _ON_CPU_TENSORS = {"triton": "interpreted", "cuda": "emulated"}
 MODES = ("forward", "backward", "both", "inplace", "grad_in_forward", "grad_in_forward_inplace")
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
+# One of each kind: a function of q, and one that needs a sum more.
+WEIGHTINGS: dict[str, tuple[Weighting, LossFunction]] = {
+    "power": (Power(0.5), partial(plain_power, alpha=0.5)),
+    "entropy": (Entropy(1.0, 3.0), partial(plain_entropy, scale=3.0)),
+}
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A name for tables, what is computed, the loss of each mode, and the eta of the oracle it is checked against."""
+    """A name for tables, what is computed, the loss of each mode, and what the oracle that checks it computes."""
 
     name: str
     computes: str
     losses: Mapping[str, LossFunction]
     eta: float = ETA
     compiled: bool = False
+    weighting: Weighting = PROBABILITY
+    of_weightings: bool = False  # whether it is measured beside other weightings alone
 
 
 def contenders(device: torch.device, extra_files: Iterable[Path] = ()) -> tuple[list[Contender], dict[str, str]]:
@@ -77,21 +95,54 @@ def contenders(device: torch.device, extra_files: Iterable[Path] = ()) -> tuple[
             eta=1.0,
         ),
     ]
+    able += _weighted(device)
     add_installed({"liger-kernel": _liger, "cut-cross-entropy": _cut_cross_entropy}, device, able, left_out)
     for path in extra_files:
         able += from_file(path)
     return able, left_out
 
 
+def _weighted(device: torch.device) -> list[Contender]:
+    """The weightings beside the plain formula, and MixCE with the statistics that one of them needs."""
+    found: list[Contender] = []
+    backend = next((name for name in backends.NAMES if _why_not(name, device) is None), None)
+    if backend is None:
+        return found
+    stats = _forward_and_both(partial(_fused_loss, backend, {"return_stats": True}))
+    found.append(Contender(f"fused-{backend}-stats", "MixCE with its statistics", stats, of_weightings=True))
+    for name, (weighting, plain) in WEIGHTINGS.items():
+        for contender, loss, what in (
+            (f"fused-{backend}-{name}", partial(_fused_loss, backend, {"weighting": weighting}), "fused_mixce_loss"),
+            (f"eager-{name}", plain, "the plain formula on logits.float()"),
+            (f"torch.compile-{name}", partial(_compiled, plain), "the plain formula under torch.compile"),
+        ):
+            found.append(
+                Contender(
+                    contender, f"{weighting!r} in the place of q, {what}", _forward_and_both(loss),
+                    compiled=contender.startswith("torch"), weighting=weighting, of_weightings=True,
+                )
+            )  # fmt: skip
+    return found
+
+
+def is_of_weightings(name: str) -> bool:
+    """Whether a contender of that name is one beside other weightings."""
+    return name.endswith(tuple(f"-{suffix}" for suffix in ("stats", *WEIGHTINGS)))
+
+
 def compiled_mixce(logits: Tensor, targets: Tensor) -> Tensor:
     """`plain_mixce` under torch.compile, for these very shapes."""
-    return _compile_plain_mixce()(logits, targets)
+    return _compiled(plain_mixce, logits, targets)
+
+
+def _compiled(function: LossFunction, logits: Tensor, targets: Tensor) -> Tensor:
+    return _compile(function)(logits, targets)
 
 
 @functools.cache
-def _compile_plain_mixce() -> LossFunction:
+def _compile(function: LossFunction) -> LossFunction:
     # Not before the first call: the compiler's import takes seconds.
-    return torch.compile(plain_mixce, dynamic=False)
+    return torch.compile(function, dynamic=False)
 
 
 def plain_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -124,9 +175,8 @@ def _fused(backend: str) -> Contender:
 
 
 def _fused_loss(backend: str, flags: dict[str, Any], logits: Tensor, targets: Tensor) -> Tensor:
-    loss = fused_mixce_loss(logits, targets, ETA, ignore_index=IGNORE_INDEX, backend=backend, **flags)
-    assert isinstance(loss, Tensor)
-    return loss
+    result = fused_mixce_loss(logits, targets, ETA, ignore_index=IGNORE_INDEX, backend=backend, **flags)
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _liger(name: str, device: torch.device) -> list[Contender]:

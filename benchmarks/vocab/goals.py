@@ -27,6 +27,8 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
     for shape in HEADLINES:
         for count in threads:
             found += _speed(Cellular(table, shape, count, WARM))
+    for count in threads:
+        found += _weightings(Cellular(table, HEADLINES[0], count, WARM))
     for shape in HEADLINES:
         for count in threads:
             found += _default_allocator(Cellular(table, shape, count, DEFAULT))
@@ -71,6 +73,16 @@ def _speed(cell: Cellular) -> Iterator[Verdict]:
     if copies:
         bound = 1.6 if dtype == "float32" else 2.4 if cell.threads == "1" else 1.8
         yield Verdict("grad in forward in place, times a copy's time", str(cell), copies, bound)
+
+
+def _weightings(cell: Cellular) -> Iterator[Verdict]:
+    """Another weighting costs what MixCE costs, with statistics where it needs their sums."""
+    for name, beside in (("power", OURS), ("entropy", f"{OURS}-stats")):
+        for mode in ("forward", "both"):
+            ours, mixce = cell.number(f"{OURS}-{name}", mode), cell.number(beside, mode)
+            if ours and mixce:
+                what = f"weighting {name}, {mode}, times the time of {beside}"
+                yield Verdict(what, str(cell), ours / mixce, 1.03)
 
 
 def _default_allocator(cell: Cellular) -> Iterator[Verdict]:

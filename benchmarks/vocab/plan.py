@@ -40,6 +40,7 @@ class Cell:
     threads: int
     allocator: str
     compiled: bool = True
+    weightings: bool = False  # whether other weightings take part
 
     def __str__(self) -> str:
         return f"{self.dtype} {self.rows} x {self.vocab}, {self.threads} thread{'s' * (self.threads > 1)}"
@@ -73,11 +74,13 @@ def cells(
 ) -> list[Cell]:
     """The cells of these shapes, in the order of measurement."""
     if device.type == "cuda":
-        return [Cell(*shape, threads[-1], CACHING) for shape in table]
+        return [Cell(*shape, threads[-1], CACHING, weightings=shape == table[0]) for shape in table]
     found = []
     if WARM in allocators:
         for count in threads:
-            found += [Cell(*shape, count, WARM) for shape in table]
+            # Other weightings are measured once, with one thread.
+            first = count == threads[0]
+            found += [Cell(*shape, count, WARM, weightings=first and shape == HEADLINES[0]) for shape in table]
         found.append(Cell(*OVERHEAD, threads[0], WARM, compiled=False))
     if DEFAULT in allocators:
         # First touches cost every contender the same seconds: all shapes are for --full.

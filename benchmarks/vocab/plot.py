@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harness.plot import bars, machine_name, over_vocabularies, panels, save
 from harness.report import Row, groups, read_csv
+from vocab.contenders import is_of_weightings
 from vocab.plan import HEADLINES
 from vocab.report import KEY, MODE_TITLES
 
@@ -36,7 +37,7 @@ LEAST_LOGITS = 1_000_000
 
 def plot(path: Path) -> list[Path]:
     """Draws all plots of the CSV at `path`, and returns what was written."""
-    rows = [row for row in read_csv(path) if row["status"] == "ok"]
+    rows = [row for row in read_csv(path) if row["status"] == "ok" and not is_of_weightings(row["contender"])]
     large = [row for row in rows if int(row["rows"]) * int(row["vocab"]) >= LEAST_LOGITS] or rows
     chosen = [row for row in large if (row["dtype"], int(row["rows"]), int(row["vocab"])) in HEADLINES] or large
     written = [

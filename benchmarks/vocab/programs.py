@@ -74,7 +74,7 @@ class Program:
 
 def check(program: Program, inputs: Inputs) -> Errors:
     """Runs the program once at full size, with some tokens ignored, and compares its results with the oracle's."""
-    return inputs.expected(program.contender.eta).compare(*results_of(program, inputs))
+    return inputs.expected(program.contender.eta, program.contender.weighting).compare(*results_of(program, inputs))
 
 
 def yardsticks() -> list[Program]:

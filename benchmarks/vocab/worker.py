@@ -38,7 +38,11 @@ class VocabWorker(Worker):
         torch.set_num_threads(cell.threads)
         able, _ = contenders(self.device, self.extra_files)
         able = [
-            one for one in able if (not self.names or one.name in self.names) and (cell.compiled or not one.compiled)
+            one
+            for one in able
+            if (not self.names or one.name in self.names)
+            and (cell.compiled or not one.compiled)
+            and (cell.weightings or not one.of_weightings)
         ]
         if any(one.compiled for one in able):
             # Or the compiler's limit of shapes for one function is reached.

@@ -94,10 +94,40 @@ def raise_maximum(lanes, m, rate, SMOOTH: tl.constexpr, STATS: tl.constexpr):
 
 
 @triton.jit
+def exp_of(y, real: tl.constexpr):
+    """exp(y): in float32 of the part of y that is no power of two, since a y near 10 leaves a float a digit less."""
+    if real == tl.float64:
+        found = tl.exp(y)
+    else:
+        exponent = tl.minimum(tl.maximum(y, -700.0), 700.0) * LOG2_E
+        whole = tl.floor(exponent + 0.5)
+        power_of_two = ((whole.to(tl.int64) + 1023) << 52).to(tl.float64, bitcast=True)
+        found = tl.exp2((exponent - whole).to(tl.float32)).to(tl.float64) * power_of_two
+        found = tl.where(y < -700.0, 0.0, tl.where(y == y, found, y))
+    return found
+
+
+@triton.jit
+def log_of(x, real: tl.constexpr):
+    """log(x) of an x > 0, likewise."""
+    if real == tl.float64:
+        found = tl.log(x)
+    else:
+        bits = x.to(tl.int64, bitcast=True)
+        fraction = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+        # From 0.7 to 1.4.
+        above = fraction > 1.4
+        fraction = tl.where(above, 0.5 * fraction, fraction)
+        whole = ((bits >> 52) - 1023 + above.to(tl.int64)).to(tl.float64)
+        near = fraction.to(tl.float32)
+        found = whole / LOG2_E + tl.log(near).to(tl.float64) + (fraction - near) / fraction
+    return found
+
+
+@triton.jit
 def power(x, exponent, real: tl.constexpr):
     """x^exponent of an x that is no less than 0, or by a rounding."""
-    log_x = tl.log(tl.maximum(x, 0.0).to(real)).to(tl.float64)
-    found = tl.where(x > 0.0, tl.exp((exponent * log_x).to(real)).to(tl.float64), 0.0)
+    found = tl.where(x > 0.0, exp_of(exponent * log_of(tl.where(x > 0.0, x, 1.0), real), real), 0.0)
     return tl.where(exponent == 0.0, 1.0, found)
 
 
@@ -107,7 +137,7 @@ def weighting_factor(mixture, nll, q, not_q, sums, real: tl.constexpr, returned:
     _, weighting, first, second = mixture
     _, _, _, entropy, collision = sums
     exponent = tl.where(weighting == POWER, first, collision)
-    f = tl.where(exponent == 0.0, 1.0, tl.exp((-exponent * nll).to(real)).to(tl.float64))
+    f = tl.where(exponent == 0.0, 1.0, exp_of(-exponent * nll, real))
     share = tl.where(first == 0.0, 1.0, q / (first + (1.0 - first) * q))
     f = tl.where(weighting == TAILR, tl.maximum(share, second), f)
     q_returned = q.to(returned)
@@ -137,7 +167,7 @@ def token_terms(m, sums, mixture, vocab_size, options, real: tl.constexpr, retur
     # As nll + label_smoothing * (z_target - mean z), but without inf - inf where both are -inf.
     kept = tl.where(label_smoothing < 1.0, (1.0 - label_smoothing) * nll, 0.0)
     ce = tl.where(label_smoothing > 0.0, label_smoothing * (s - mean_shifted) + kept, nll)
-    q = tl.exp(-nll.to(real)).to(tl.float64)
+    q = exp_of(-nll, real)
     # expm1: 1 - q has no digits left for q near 1, the tokens that the mixture weighs most.
     not_q = -expm1(-nll.to(real)).to(tl.float64)
     f = q

@@ -20,6 +20,7 @@ from harness.allocators import CACHING, DEFAULT, WARM
 from harness.contenders import plain_mixce
 from harness.report import MACHINE, machine, read_csv, write_csv
 from mixce_kernels.backends import cuda, triton
+from mixce_kernels.weightings import PROBABILITY
 from support.paths import BENCHMARKS
 from vocab import worker
 from vocab.check import Inputs
@@ -146,7 +147,7 @@ def test_peak_memory_is_measured(tmp_path):
 @pytest.mark.parametrize(("function", "eta"), [(plain_mixce, 0.5), (plain_cross_entropy, 1.0)])
 def test_check_accepts_the_plain_formula_and_finds_small_errors(dtype, rows, function, eta):
     inputs = Inputs(dtype, rows, 777, CPU)
-    expected = inputs.expected(eta)
+    expected = inputs.expected(eta, PROBABILITY)
     loss = function(inputs.logits, inputs.masked_targets)
     (grad,) = torch.autograd.grad(loss, inputs.logits)
     assert expected.compare(loss, grad).wrong() is None
@@ -210,7 +211,7 @@ def test_who_needs_a_gpu_gives_a_reason_on_the_cpu():
 
 def test_a_loss_of_the_logits_type_may_be_rounded_to_it():
     inputs = Inputs(torch.bfloat16, 70, 777, CPU)
-    expected = inputs.expected(1.0)
+    expected = inputs.expected(1.0, PROBABILITY)
     loss = plain_cross_entropy(inputs.logits, inputs.masked_targets)
     assert expected.compare(loss.bfloat16()).wrong() is None
     assert "the loss is off" in expected.compare((loss * 1.05).bfloat16()).wrong()
@@ -342,7 +343,7 @@ def test_a_gpu_s_shapes_fit_its_memory(gpu):
     gpu.free = 8 * 10**9
     assert shapes(GPU, False, [128256], ["bfloat16"], 0) == [("bfloat16", 2048, 128256)]
     planned = cells(GPU, table, [1, 4], [WARM, DEFAULT], False)
-    assert planned == [Cell(*shape, 4, CACHING) for shape in table]
+    assert planned == [Cell(*shape, 4, CACHING, weightings=shape == table[0]) for shape in table]
     peak_jobs, time_jobs = jobs_of(arguments(["--device=cuda"]), planned)
     assert [len(job.request["cells"]) for job in (*peak_jobs, *time_jobs)] == [len(table), len(table)]
     assert not any(name.startswith("MALLOC_") for name in time_jobs[0].environment)
