@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 EXTRAS := benchmark docs examples transformers trl test-all
 
-.PHONY: benchmark benchmark-linear benchmark-parallel paper-synthetic compare-eta \
+.PHONY: benchmark benchmark-linear benchmark-parallel paper-synthetic compare-eta weightings \
 	test test-rest test-all test-gpu docs lint format clean
 
 # For example: make benchmark ARGS=--full
@@ -33,6 +33,9 @@ paper-synthetic: $(VENV)/extra-benchmark
 compare-eta: $(VENV)/extra-benchmark $(VENV)/extra-examples
 	$(BIN)/python examples/train_gpt.py --compare 1 0.9 0.5 0.1 0 --seeds 0 1 --threads 1 --steps 1100 \
 		--vocab-size 2048 --held-out-tokens 32768 --samples 128 --out benchmarks/results $(ARGS)
+
+weightings: $(VENV)/extra-benchmark
+	$(BIN)/python benchmarks/plot_weightings.py $(ARGS)
 
 docs: $(VENV)/extra-docs
 	$(BIN)/mkdocs build --strict

@@ -67,6 +67,15 @@ def trl_arguments() -> set[str]:
     return {"outputs", "labels", "num_items_in_batch", *options}
 
 
+def reweighting_arguments() -> set[str]:
+    """Of the trainers' sources at the commits that the page names."""
+    llama_factory = {"use_dft_loss", "use_eaft_loss", "eaft_alpha"}
+    axolotl = {"use_eaft", "eaft_alpha", "eaft_k", "liger_use_token_scaling"}
+    chord = {"chord_enable_phi_function", "chord_mu_peak", "chord_mu_valley"}
+    ms_swift = {"enable_dft_loss", *chord, "chord_mu_warmup_steps", "chord_mu_decay_steps"}
+    return llama_factory | axolotl | ms_swift | {"loss_type"}
+
+
 def causal_lm_loss_arguments() -> set[str]:
     """Of `MixCEForCausalLMLoss` and its call, and of the configuration of `MixCESFTTrainer`."""
     module = pytest.importorskip("mixce_kernels.integrations.trl", exc_type=ImportError)
@@ -86,6 +95,7 @@ SECTIONS = {
         flash_attention_arguments, partial(arguments_of, fused_mixce_loss, vocab_parallel_mixce_loss)
     ),
     'TRL: loss_type="dft"': Section(trl_arguments, causal_lm_loss_arguments),
+    "Reweighted fine-tuning in LLaMA-Factory, ms-swift, TRL and Axolotl": Section(reweighting_arguments, LOSS),
 }
 
 

@@ -2,7 +2,7 @@
 
 from support.docs.blocks import Page
 
-from . import guide, index, integrations, migration, readme, vocab_parallel
+from . import guide, index, integrations, migration, readme, vocab_parallel, weightings
 
 PAGES = {
     page.name: page
@@ -13,6 +13,7 @@ PAGES = {
         migration.PAGE,
         integrations.PAGE,
         vocab_parallel.PAGE,
+        weightings.PAGE,
         Page("results.md"),
         Page("guarantees.md"),
         Page("gpu.md"),

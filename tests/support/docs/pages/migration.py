@@ -102,6 +102,22 @@ def compare_sft(names: Namespace) -> None:
     assert_far(after["lm_head.weight"], start["lm_head.weight"])
 
 
+def check_reweighted(names: Namespace) -> None:
+    """The trainer's loss of a batch is that of the plain formula, on the model as it is after training."""
+    trainer = names["trainer"]
+    model = copy.deepcopy(trainer.model).double().eval()
+    batch = next(iter(trainer.get_train_dataloader()))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    labels = batch["labels"][:, 1:]
+    with torch.no_grad():
+        loss = trainer.compute_loss(trainer.model.eval(), dict(batch))
+        log_p = model(**inputs).logits[:, :-1].log_softmax(-1)
+    nll = -log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    assert trainer.args.weighting == "Entropy(alpha=1.0, scale=3.0)"
+    assert_near(loss, (entropy / 3 * nll)[labels != -100].mean())
+
+
 LIGER: dict[str, Any] = {"needs": ("liger_kernel", "triton"), "interpreted": True}
 CUT_CROSS_ENTROPY: dict[str, Any] = {"needs": ("cut_cross_entropy",)}
 SFT: dict[str, Any] = {"prepare": with_sft, "needs": ("trl", "datasets", "transformers")}
@@ -124,5 +140,6 @@ PAGE = Page(
         Step(compare_with_plain_tokens),
         Step(keep_sft, **SFT),
         Step(compare_sft, **SFT),
+        Step(check_reweighted, **SFT),
     ),
 )
