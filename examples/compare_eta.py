@@ -21,6 +21,7 @@ DEFAULT_ETAS = (1.0, 0.9, 0.5, 0.1, 0.0)
 # Arguments of the command line that stand on every line of the CSV.
 SETTINGS = (
     "loss",
+    "weighting",
     "steps",
     "batch_size",
     "block_size",

@@ -83,11 +83,13 @@ def _settings(rows: list[Row]) -> str:
     row = rows[0]
     seeds = list(dict.fromkeys(one["seed"] for one in rows))
     length = int(row["block_size"]) - int(row["prompt_tokens"])
+    weighting = row.get("weighting", "Probability()")
+    weighted = "" if weighting == "Probability()" else f" with the weighting {weighting}"
     return (
         f"{row['text']}: {int(row['train_tokens']):,} training and {int(row['held_out_tokens']):,} held-out tokens, "
         f"vocabulary of {int(row['vocab_size']):,}. GPT of {row['layers']} layers, width {row['width']}, "
         f"{row['heads']} heads; {row['steps']} steps of {row['batch_size']} x {row['block_size']} tokens, loss "
-        f"{row['loss']}, learning rate {row['lr']}, {row['dtype']}, seeds {', '.join(seeds)}. {row['samples']} samples "
+        f"{row['loss']}{weighted}, learning rate {row['lr']}, {row['dtype']}, seeds {', '.join(seeds)}. {row['samples']} samples "
         f"of {length} tokens after prompts of {row['prompt_tokens']}: {int(row['samples']) * length:,} tokens."
     )
 

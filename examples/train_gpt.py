@@ -3,6 +3,7 @@
     pip install "mixce_kernels[examples]"
     python examples/train_gpt.py --eta 0.5
     python examples/train_gpt.py --loss cross_entropy         # the baseline: the same as --eta 1
+    python examples/train_gpt.py --eta 0 --weighting 'Power(alpha=0.5)'    # another function of q in the loss
     python examples/train_gpt.py --text book.txt --device cuda --dtype bfloat16
     python examples/train_gpt.py --compare 1 0.9 0.5 0 --seeds 0 1 2    # samples of several etas beside human text
 
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mixce_kernels import MixCELoss
+from mixce_kernels.weightings import PROBABILITY, Weighting, parse
 
 LOSSES = ("fused", "reference", "cross_entropy")
 HELD_OUT_SHARE = 0.05
@@ -132,19 +134,22 @@ class GPT(nn.Module):
         return F.linear(self.norm(hidden), self.tokens.weight)
 
 
-def make_criterion(loss: str, eta: float) -> Callable[[Tensor, Tensor], Any]:
+def make_criterion(loss: str, eta: float, weighting: Weighting = PROBABILITY) -> Callable[[Tensor, Tensor], Any]:
     """The training loss by name: logits [B, T, V] and targets [B, T] to a scalar."""
     if loss == "fused":
         # Only the loss reads the logits, so their gradient may overwrite them. The upstream gradient is 1, so this can
         # happen in the forward: one read, one write, and no second [B, T, V] tensor.
-        return MixCELoss(eta, grad_in_forward=True, inplace_backward=True)
+        return MixCELoss(eta, weighting=weighting, grad_in_forward=True, inplace_backward=True)
     if loss == "reference":
-        return MixCELoss(eta, backend="reference")
+        return MixCELoss(eta, weighting=weighting, backend="reference")
     return lambda logits, targets: F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def title(args: argparse.Namespace) -> str:
-    return "cross-entropy" if args.loss == "cross_entropy" else f"{args.loss} MixCE, eta = {args.eta:g}"
+    if args.loss == "cross_entropy":
+        return "cross-entropy"
+    name = "MixCE" if args.weighting == PROBABILITY else f"{args.weighting!r}"
+    return f"{args.loss} {name}, eta = {args.eta:g}"
 
 
 class Record(NamedTuple):
@@ -157,7 +162,7 @@ class Record(NamedTuple):
 
 def train(model: nn.Module, train_tokens: Tensor, held_out: Tensor, args: argparse.Namespace) -> list[Record]:
     """Trains the model on random blocks of train_tokens [M]; returns the curve, one record a step."""
-    criterion = make_criterion(args.loss, args.eta)
+    criterion = make_criterion(args.loss, args.eta, args.weighting)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95))
     warmup = max(1, args.steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -230,12 +235,22 @@ def mixing_ratio(text: str) -> float:
     return eta
 
 
+def weighting(text: str) -> Weighting:
+    try:
+        return parse(text)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=(__doc__ or "").splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--eta", type=mixing_ratio, default=0.5, help="mixing ratio: 1 is cross-entropy, 0 its reverse")
     parser.add_argument("--loss", choices=LOSSES, default="fused", help="cross_entropy knows no eta")
+    parser.add_argument(
+        "--weighting", type=weighting, default=PROBABILITY, help="in the place of q, such as 'Power(alpha=0.5)'"
+    )
     parser.add_argument("--text", type=Path, help="a UTF-8 text file; without one, Python's own documentation")
     parser.add_argument("--vocab-size", type=int, default=16384, help="BPE entries, as far as the text supports them")
     parser.add_argument("--steps", type=int, default=300)
@@ -258,7 +273,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     comparison.add_argument("--seeds", type=int, nargs="+", help="without any, that of --seed")
     comparison.add_argument("--prompt-tokens", type=int, default=32, help="of held-out text before each sample")
     comparison.add_argument("--samples", type=int, default=60, help="sequences, each to the end of a block")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.loss == "cross_entropy" and args.weighting != PROBABILITY:
+        parser.error("expected a loss that knows weightings with --weighting, got --loss cross_entropy")
+    return args
 
 
 def load_corpus(args: argparse.Namespace) -> Corpus:
