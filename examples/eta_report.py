@@ -89,8 +89,9 @@ def _settings(rows: list[Row]) -> str:
         f"{row['text']}: {int(row['train_tokens']):,} training and {int(row['held_out_tokens']):,} held-out tokens, "
         f"vocabulary of {int(row['vocab_size']):,}. GPT of {row['layers']} layers, width {row['width']}, "
         f"{row['heads']} heads; {row['steps']} steps of {row['batch_size']} x {row['block_size']} tokens, loss "
-        f"{row['loss']}{weighted}, learning rate {row['lr']}, {row['dtype']}, seeds {', '.join(seeds)}. {row['samples']} samples "
-        f"of {length} tokens after prompts of {row['prompt_tokens']}: {int(row['samples']) * length:,} tokens."
+        f"{row['loss']}{weighted}, learning rate {row['lr']}, {row['dtype']}, seeds {', '.join(seeds)}. "
+        f"{row['samples']} samples of {length} tokens after prompts of {row['prompt_tokens']}: "
+        f"{int(row['samples']) * length:,} tokens."
     )
 
 

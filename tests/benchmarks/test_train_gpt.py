@@ -48,6 +48,28 @@ def train_tiny(dtype: torch.dtype, *more: str) -> tuple[torch.Tensor, torch.Tens
     return losses, perplexities.log()
 
 
+def test_a_weighting_trains_otherwise(one_thread: None) -> None:
+    """As the plain formula does, and not as MixCE; its name stands in the title."""
+    fused, plain = (
+        train_tiny(torch.float32, f"--loss={loss}", "--weighting=Focal(2)")[0] for loss in ("fused", "reference")
+    )
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+    assert (fused - train_tiny(torch.float32)[0]).abs().max() > 0.1
+    assert train_gpt.title(arguments("--weighting=Focal(2)")) == "fused Focal(gamma=2), eta = 0.5"
+    assert train_gpt.title(arguments()) == "fused MixCE, eta = 0.5"
+
+
+def test_weightings_that_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for given, sentence in (
+        (["--weighting=Powers(2)"], "expected one of Probability, Power"),
+        (["--weighting=Power(-1)"], "expected alpha to be finite and not negative, got -1"),
+        (["--weighting=Variance", "--loss=cross_entropy"], "expected a loss that knows weightings"),
+    ):
+        with pytest.raises(SystemExit):
+            arguments(*given)
+        assert sentence in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
 def test_fused_and_reference_losses_train_alike(eta: float, one_thread: None) -> None:
     """Both float32 curves err from the float64 one by rounding, which AdamW carries from step to step.

@@ -16,7 +16,8 @@ pytest.importorskip("transformers", reason="needs the extra 'transformers'")
 
 from mixce_kernels import mixce_loss_reference
 from mixce_kernels.integrations import TokenMetrics
-from mixce_kernels.integrations.transformers import MixCEForCausalLMLoss
+from mixce_kernels.integrations.transformers import MixCEForCausalLMLoss, with_linear_mixce_loss
+from mixce_kernels.weightings import Entropy, Power
 from support.causal_models import (
     CONFIGS,
     VOCAB_SIZE,
@@ -65,6 +66,31 @@ def test_model_trains_with_it(name: str, num_items: Any) -> None:
     torch.testing.assert_close(outputs.loss, expected.detach(), **TOLERANCE)
     outputs.loss.backward()
     assert_close(gradients_of(model), gradients)
+
+
+@pytest.mark.parametrize(
+    "weighting",
+    [Power(0.5), Power(torch.rand(3, 1) + 0.5), Entropy(), lambda stats: stats.q.sqrt()],
+    ids=["number", "tensor", "entropy", "function"],
+)
+def test_weightings(weighting: Any) -> None:
+    """As an option, by assignment, and in a model that has no logits."""
+    tokens, labels = batch_of(rows=3)
+    model = model_of("llama", torch.float64)
+    expected = oracle(model(tokens).logits, labels, weighting=weighting)
+    expected.backward()
+    gradients = gradients_of(model)
+    assigned, linear_assigned = MixCEForCausalLMLoss(ETA), with_linear_mixce_loss(model, ETA)
+    assigned.weighting = linear_assigned.mixce_loss.weighting = weighting
+    for loss in (MixCEForCausalLMLoss(ETA, weighting=weighting), assigned):
+        model.loss_function = loss
+        outputs = model(tokens, labels=labels)
+        torch.testing.assert_close(outputs.loss, expected.detach(), **TOLERANCE)
+        model.zero_grad()
+        outputs.loss.backward()
+        assert_close(gradients_of(model), gradients)
+    for linear in (with_linear_mixce_loss(model, ETA, weighting=weighting), linear_assigned):
+        torch.testing.assert_close(linear(tokens, labels=labels).loss, expected.detach(), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])

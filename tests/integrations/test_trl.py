@@ -15,6 +15,7 @@ pytest.importorskip("trl", reason="needs the extra 'trl'")
 
 from mixce_kernels import mixce_loss_reference
 from mixce_kernels.integrations.trl import MixCESFTConfig, MixCESFTTrainer
+from mixce_kernels.weightings import Entropy, Power
 from support.causal_models import VOCAB_SIZE, model_of
 from support.trl_runs import (
     CLOSE,
@@ -98,12 +99,12 @@ def replayed(batches: list[tuple[dict[str, Tensor], Any]], model: Any, eta: floa
         ("completion", {"gradient_accumulation_steps": 2}, {}),
         ("text", {"label_smoothing_factor": 0.1, "z_loss": 1e-3, "max_chunk_bytes": 8 * 2 * VOCAB_SIZE},
          {"label_smoothing": 0.1, "z_loss": 1e-3}),
+        ("text", {"weighting": "Power(alpha=0.5)"}, {"weighting": Power(0.5)}),
+        ("completion", {"weighting": Entropy(1.0, 3.0), "gradient_accumulation_steps": 2}, {"weighting": Entropy()}),
     ],
-    ids=["text", "accumulated", "options"],
+    ids=["text", "accumulated", "options", "weighting", "entropy"],
 )  # fmt: skip
-def test_between_it_is_the_reference(
-    kind: str, changes: dict[str, Any], loss: dict[str, float], tmp_path: Path
-) -> None:
+def test_between_it_is_the_reference(kind: str, changes: dict[str, Any], loss: dict[str, Any], tmp_path: Path) -> None:
     """Losses, metrics and trained weights of a float64 model whose arithmetic is float64 throughout."""
     model = model_of("gpt2", torch.float64)
     own = copy.deepcopy(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch.nn.utils import prune
 pytest.importorskip("trl", reason="needs the extra 'trl'")
 
 from mixce_kernels.integrations.trl import MixCESFTConfig, MixCESFTTrainer
+from mixce_kernels.weightings import Power, TaiLr
 from support.causal_models import VOCAB_SIZE, config_of, model_of, transformers
 from support.trl_runs import (
     ETA,
@@ -38,6 +40,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     (config,) = parser.parse_args_into_dataclasses(line[:-4])
     assert (config.eta, config.z_loss, config.max_chunk_bytes, config.backend) == (0.5, 0.0, None, None)
     assert config.to_dict()["eta"] == 0.5
+    assert config.weighting == "Probability()"
+    (config,) = parser.parse_args_into_dataclasses([*line, "--weighting", "TaiLr(0.5, floor=0.1)"])
+    assert config.weighting == "TaiLr(gamma=0.5, floor=0.1)"
+    again = MixCESFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, weighting=TaiLr(0.5, 0.1))
+    assert json.loads(again.to_json_string())["weighting"] == config.weighting
 
 
 @pytest.mark.parametrize(
@@ -47,6 +54,10 @@ def test_the_command_line(tmp_path: Path) -> None:
         ({"eta": float("nan")}, ValueError, r"expected eta in \[0, 1\], got nan"),
         ({"eta": "half"}, TypeError, "expected eta to be a number, got str"),
         ({"eta": torch.tensor(0.5)}, TypeError, "expected eta to be a number, got a tensor of torch.float32"),
+        ({"weighting": "Powers(1)"}, ValueError, r"expected one of Probability, .*, got 'Powers\(1\)'"),
+        ({"weighting": "Power(-1)"}, ValueError, "expected alpha to be finite and not negative, got -1"),
+        ({"weighting": Power(torch.tensor(1.0))}, ValueError, "expected one of Probability, .* with numbers, got"),
+        ({"weighting": lambda stats: stats.q}, ValueError, "expected one of Probability, .* with numbers, got"),
         ({"z_loss": -1.0}, ValueError, "expected z_loss to be finite and not negative, got -1.0"),
         ({"label_smoothing_factor": 2.0}, ValueError, r"expected label_smoothing in \[0, 1\], got 2.0"),
         ({"max_chunk_bytes": 0}, ValueError, "expected max_chunk_bytes to be positive, got 0"),
