@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from conftest import EMULATED, INTERPRETED
 from mixce_kernels import fused_mixce_loss, mixce_loss_reference, vocab_parallel_mixce_loss
+from mixce_kernels.weightings import Power
 from support.allocations import allocated_bytes
 from support.inputs import computed
 from support.ranks import RankError, run_ranks
@@ -75,6 +76,7 @@ FAULTS: dict[str, tuple[dict[str, Any], bool, str]] = {
     "narrow": ({"logits_shard": torch.zeros(TOKENS, 4)}, True, r"got columns \[0, 5\) on rank 0, \[5, 9\) on rank 1"),
     "eta": ({"eta": 0.5}, True, "the same eta on every rank of the group, got 0.3 on rank 0 and 0.5 on rank 1"),
     "eta_tensor": ({"eta": torch.tensor(0.3)}, True, "the same eta .* got 0.3 on rank 0 and a tensor on rank 1"),
+    "weighting": ({"weighting": Power(2.0)}, True, "same weighting .* got Probability on rank 0 and Power on rank 1"),
     "ignore_index": ({"ignore_index": 7}, True, "the same ignore_index .* got -100 on rank 0 and 7 on rank 1"),
     "z_loss": ({"z_loss": 1e-3}, True, "the same z_loss .* got 0 on rank 0 and 0.001 on rank 1"),
     "softcap": ({"softcap": 30.0}, True, "the same softcap .* got None on rank 0 and 30 on rank 1"),
@@ -233,9 +235,10 @@ def _inplace() -> bool:
 
 
 def _compiled() -> bool:
-    """One graph, for any number of tokens; every option."""
+    """One graph, for any number of tokens; every option, and a weighting of the caller's."""
     logits, targets = tokens()
     options = {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0, "return_stats": True}
+    options["weighting"] = lambda stats: stats.q.sqrt()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     group, begin = dist.group.WORLD, dist.get_rank() * WIDTH
 
@@ -341,11 +344,11 @@ def test_errors(calls: list[dict[str, Any]]) -> None:
 
 
 def test_one_collective_of_a_few_bytes_a_token(calls: list[dict[str, Any]]) -> None:
-    """12 bytes a token, 4 more for label smoothing, 4 for statistics, and 12 a call; a backward says nothing."""
+    """12 bytes a token, 4 more for label smoothing, 8 for statistics, and 12 a call; a backward says nothing."""
     for found in calls:
         told = found["communication"]
         assert len(told["first"]) == 2
-        for name, numbers in (("plain", 3), ("cap", 3), ("smoothing", 4), ("stats", 4), ("both", 5), ("unchecked", 3)):
+        for name, numbers in (("plain", 3), ("cap", 3), ("smoothing", 4), ("stats", 5), ("both", 6), ("unchecked", 3)):
             assert len(told[name]) == 1, told[name]
             assert told[name][0][1] == 4 * (numbers * TOKENS + 3), told[name]
             assert told.get(f"{name}_backward", []) == []
