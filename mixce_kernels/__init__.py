@@ -3,6 +3,7 @@
 `fused_mixce_loss` is the function, `MixCELoss` its module, `mixce_loss_reference` the same in plain PyTorch.
 `fused_linear_mixce_loss`, `LinearMixCELoss` and `linear_mixce_loss_reference` compute it straight from hidden states.
 `vocab_parallel_mixce_loss` computes it of logits whose vocabulary is split over the ranks of a process group.
+`weightings` has other functions of a token's statistics for its weight.
 """
 
 from importlib.metadata import version

@@ -47,6 +47,8 @@ def cases() -> Iterator[tuple[Case, bool]]:
         yield base.at(layout="unaligned", mode="inplace", kind="nonfinite_rows", shape=(12, 700)), True
         for size in (1, 7, 15, 2 * 256 * 16 // dtype.itemsize + 3):
             yield base.at(shape=(5, size), mode="grad_in_forward", options=Options(z_loss=0.1)), True
+    for name in ("power_0.3", "focal_0.5", "entropy_per_token", "custom"):
+        yield Case("ptx_weighted", shape=(3, 9001), weighting=name, reduction="none", kind="confident"), True
     # A row a block holds whole, and one that needs a cluster for it.
     yield Case("held", shape=(70, 9000), dtype=BFLOAT16, mode="grad_in_forward"), False
     yield Case("cluster", shape=(2, 128256), dtype=FLOAT32, mode="inplace_grad_in_forward"), False
@@ -63,21 +65,27 @@ def taken_from(runtime: Any) -> list[str]:
 def check_figures(runtime: Any, vocab_size: int) -> None:
     """Speed that can be seen without a GPU: each logit is read once, in whole vectors, with few instructions."""
     from mixce_kernels import fused_mixce_loss
+    from mixce_kernels.weightings import Power
 
     logits = torch.randn(64, vocab_size, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     targets = torch.arange(64)
 
-    def assert_counted(step: str) -> None:
-        assert_figures("cuda", step, runtime.counters(), logits.numel())
+    def assert_counted(step: str) -> int:
+        counters = runtime.counters()
+        assert_figures("cuda", step, counters, logits.numel())
         runtime.clear()
+        return counters["instructions"]
 
     runtime.clear()
     loss = fused_mixce_loss(logits, targets, backend="cuda")
-    assert_counted("forward")
+    instructions = assert_counted("forward")
     torch.autograd.grad(loss, logits)
     assert_counted("backward")
     fused_mixce_loss(logits, targets, grad_in_forward=True, backend="cuda")
     assert_counted("grad_in_forward")
+    # Another function of q costs some instructions a row.
+    fused_mixce_loss(logits, targets, weighting=Power(0.5), backend="cuda")
+    assert assert_counted("forward") <= 1.001 * instructions
 
 
 def main() -> None:

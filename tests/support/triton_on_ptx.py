@@ -11,6 +11,7 @@ from mixce_kernels import fused_mixce_loss
 from mixce_kernels.backends import triton as backend
 from mixce_kernels.triton_kernels.forward import forward_kernel
 from mixce_kernels.triton_kernels.reduction import reduction_kernel
+from mixce_kernels.weightings import Power, TaiLr, Variance
 from support.cases import DTYPES, Case
 from support.figures import FIGURES, assert_figures
 from support.inputs import build
@@ -62,6 +63,13 @@ STATISTICS = [
         ("plain", 5203, "masked", Options(label_smoothing=0.1, z_loss=1e-3, softcap=6.0, logit_scale=1.3)),
         ("grad_in_forward", 700, "confident", Options()),
     )
+]
+
+
+# Functions of q, of the entropy, of parameters for each token, and of the caller.
+STATISTICS += [
+    Case(f"ptx_{name}", shape=(5, 700), weighting=name, kind="confident")
+    for name in ("power_0.3", "focal_0.5", "entropy_per_token", "custom")
 ]
 
 
@@ -144,8 +152,13 @@ def check_figures(launches: list[Any]) -> None:
         launches.clear()
         fused_mixce_loss(logits, targets, backend="triton").backward()
         fused_mixce_loss(logits, targets, grad_in_forward=True, backend="triton")
-        for step, launch in zip(FIGURES["triton"], of_rows(launches), strict=True):
+        # Another function of q costs some instructions a row and thread.
+        fused_mixce_loss(logits.detach(), targets, backend="triton")
+        fused_mixce_loss(logits.detach(), targets, weighting=Power(0.5), backend="triton")
+        *steps, plain, weighted = of_rows(launches)
+        for step, launch in zip(FIGURES["triton"], steps, strict=True):
             assert_figures("triton", step, launch.counters, logits.numel())
+        assert weighted.counters["instructions"] <= 1.03 * plain.counters["instructions"]
 
     # With each option, too; and of rows fewer than the multiprocessors each one is split.
     for vocab_size, keywords in itertools.product(
@@ -175,14 +188,17 @@ def check_figures(launches: list[Any]) -> None:
 
 
 def check_specialisation() -> None:
-    """Values do not specialise: neither sizes and strides of 1 or of multiples of 16, nor options, nor addresses."""
+    """Values do not specialise: no sizes or strides of 1 or of multiples of 16, no options, weightings or addresses."""
     # Without a gradient, as below.
     fused_mixce_loss(torch.randn(3, 50259).bfloat16(), torch.full((3,), 3), backend="triton")
     compiled = [len(one.device_caches[90][0]) for one in (forward_kernel, reduction_kernel)]
     assert all(compiled)
-    for n_rows, vocab_size, ignore_index, eta in ((1, 50257, 1, 0.0), (2, 50272, 16, 1.0), (1, 50258, 2**40, 0.3)):
+    for n_rows, vocab_size, ignore_index, eta, weighting in (
+        (1, 50257, 1, 0.0, Power(1.0)), (2, 50272, 16, 1.0, TaiLr(0.5, 0.1)), (1, 50258, 2**40, 0.3, Variance())
+    ):  # fmt: skip
         logits, targets = torch.randn(n_rows, vocab_size + 16).bfloat16(), torch.full((n_rows,), 3)
-        fused_mixce_loss(logits[:, 3 : 3 + vocab_size], targets, eta, ignore_index=ignore_index, backend="triton")
+        rows = logits[:, 3 : 3 + vocab_size]
+        fused_mixce_loss(rows, targets, eta, ignore_index=ignore_index, weighting=weighting, backend="triton")
     assert [len(one.device_caches[90][0]) for one in (forward_kernel, reduction_kernel)] == compiled
 
 
