@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixce_kernels.stats import MixCEStats
 from mixce_kernels.values import concrete, describe
-from mixce_kernels.weightings import KINDS, CustomWeighting, Weighting
+from mixce_kernels.weightings import KINDS, PROBABILITY, CustomWeighting, Weighting
 
 # The most parameters that a weighting has.
 N_PARAMETERS = 2
@@ -29,8 +29,9 @@ class Mixture(NamedTuple):
     def of(cls, eta: float | Tensor, weighting: Weighting, targets: Tensor, dtype: torch.dtype) -> Mixture:
         """From eta and a weighting that were checked, for tokens `targets` [...] and arithmetic in `dtype`."""
         eta_tensor, eta_value = (eta, 0.0) if isinstance(eta, Tensor) else (None, eta)
-        values = weighting.parameters()
-        kind = KINDS.index(type(weighting))
+        if weighting is PROBABILITY:
+            return cls(eta_tensor, eta_value)
+        kind, values = KINDS.index(type(weighting)), weighting.parameters()
         if not values:
             return cls(eta_tensor, eta_value, kind)
         if any(isinstance(value, Tensor) for value in values):
@@ -91,6 +92,8 @@ def check_weighting(weighting: CustomWeighting, targets: Tensor) -> CustomWeight
         TypeError: it is not callable, or a class; a tensor is not floating.
         ValueError: a tensor requires grad, lies elsewhere or does not broadcast.
     """
+    if weighting is PROBABILITY:
+        return weighting
     check_is_weighting(weighting)
     return weighting.on_tokens(targets) if isinstance(weighting, Weighting) else weighting
 
@@ -104,11 +107,6 @@ def check_is_weighting(weighting: object) -> None:
             "expected weighting to be one of mixce_kernels.weightings or a function of MixCEStats, got "
             f"{describe(weighting)}"
         )
-
-
-def needs_sums(weighting: CustomWeighting) -> bool:
-    """Whether the kernels must compute statistics for it, wanted or not."""
-    return isinstance(weighting, Weighting) and weighting.needs_sums
 
 
 def unweighted(stats: MixCEStats) -> MixCEStats:

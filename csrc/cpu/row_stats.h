@@ -101,23 +101,26 @@ MIXCE_BLOCK typename V::Real block_maximum(const T* x, int64_t size) {
 template <typename V>
 constexpr int64_t kSumBlock = 32 * 2 * V::kWidth < kBlock ? 32 * 2 * V::kWidth : kBlock;
 
+// What is added up of some logits.
 template <typename V>
 struct BlockSums {
   typename V::Reg exp, shifted, exp_shifted, exp_squared;
 };
 
-// The exponentials of some logits relative to the finite reference `m`, and for label smoothing and
-// statistics (kMoments) the shifted logits, their products, and squares.
-template <typename V, bool kCap, bool kMoments>
-MIXCE_INLINE BlockSums<V> sums_of(typename V::Reg logits, typename V::Reg m,
-                                  const Transform<typename V::Real>& transform,
-                                  const Exponential<V>& exponential) {
+// Of some logits the exponential relative to the finite reference `m` and, for label smoothing and statistics
+// (kMoments), the shifted logit, and the same finite: the clamp keeps 0 * -inf out of their product.
+template <typename V>
+struct Terms {
+  typename V::Reg exp, shifted, finite;
+};
+template <typename V, bool kCap>
+MIXCE_INLINE Terms<V> terms_of(typename V::Reg logits, typename V::Reg m,
+                               const Transform<typename V::Real>& transform,
+                               const Exponential<V>& exponential) {
   if constexpr (kCap) logits = capped(logits, transform.softcap).value;
   const typename V::Reg d = V::sub(logits, m);
-  const typename V::Reg e = exponential.of(d);
-  // The clamp keeps 0 * -inf out; the second operand survives a NaN.
-  const typename V::Reg clamped = V::max(V::set(static_cast<typename V::Real>(-1e30)), d);
-  return {e, d, kMoments ? V::mul(e, clamped) : e, kMoments ? V::mul(e, e) : e};
+  // The second operand survives a NaN.
+  return {exponential.of(d), d, V::max(V::set(static_cast<typename V::Real>(-1e30)), d)};
 }
 
 // Adds the first `lanes` lanes.
@@ -139,9 +142,10 @@ MIXCE_BLOCK void add_end(const T* x, int64_t size, typename V::Real m,
                          typename V::Real* kept, OnlineLogSumExp<double>& part) {
   for (int64_t i = 0; i < size; i += V::kWidth) {
     const int64_t n = size - i < V::kWidth ? size - i : V::kWidth;
-    const auto sums = sums_of<V, kCap, kMoments>(load_edge<V>(x + i, n), V::set(m), transform, exponential);
-    add_lanes<V, kMoments>(sums, n, transform.scale, part);
-    if constexpr (kKeep) store_edge<V>(kept + i, sums.exp, n);
+    const auto one = terms_of<V, kCap>(load_edge<V>(x + i, n), V::set(m), transform, exponential);
+    add_lanes<V, kMoments>({one.exp, one.shifted, V::mul(one.exp, one.finite), V::mul(one.exp, one.exp)}, n,
+                           transform.scale, part);
+    if constexpr (kKeep) store_edge<V>(kept + i, one.exp, n);
   }
 }
 
@@ -164,16 +168,17 @@ MIXCE_BLOCK void add_block(const T* x, int64_t size, typename V::Real m,
     maximum.add(next + i);
     Reg a, b;
     V::load_pair(x + i, &a, &b);
-    const auto sums_a = sums_of<V, kCap, kMoments>(a, reference, transform, exponential);
-    const auto sums_b = sums_of<V, kCap, kMoments>(b, reference, transform, exponential);
+    const auto first = terms_of<V, kCap>(a, reference, transform, exponential);
+    const auto second = terms_of<V, kCap>(b, reference, transform, exponential);
     // The pair first: one chain of additions, in one register, is short enough.
-    exp_sum = V::add(exp_sum, V::add(sums_a.exp, sums_b.exp));
+    exp_sum = V::add(exp_sum, V::add(first.exp, second.exp));
     if constexpr (kMoments) {
-      shifted_sum = V::add(shifted_sum, V::add(sums_a.shifted, sums_b.shifted));
-      exp_shifted_sum = V::add(exp_shifted_sum, V::add(sums_a.exp_shifted, sums_b.exp_shifted));
-      exp_squared_sum = V::add(exp_squared_sum, V::add(sums_a.exp_squared, sums_b.exp_squared));
+      shifted_sum = V::add(shifted_sum, V::add(first.shifted, second.shifted));
+      const Reg product = V::mul(second.exp, second.finite), square = V::mul(second.exp, second.exp);
+      exp_shifted_sum = V::add(exp_shifted_sum, V::fma(first.exp, first.finite, product));
+      exp_squared_sum = V::add(exp_squared_sum, V::fma(first.exp, first.exp, square));
     }
-    if constexpr (kKeep) V::store_pair(kept + i, sums_a.exp, sums_b.exp);
+    if constexpr (kKeep) V::store_pair(kept + i, first.exp, second.exp);
   }
   next_maximum = maximum;
   add_lanes<V, kMoments>({exp_sum, shifted_sum, exp_shifted_sum, exp_squared_sum}, V::kWidth, transform.scale,

@@ -35,10 +35,11 @@ __device__ __forceinline__ GradTerms<Real> pass_2_terms(const RowParams& p, uint
 }
 
 // The epilogue of a row: its loss, statistics and state from pass 1, by one thread. Returns the state.
+// `mixture` is the token's, from parameters that no other thread reads.
 template <bool kCap, bool kMoments, typename Real>
-__device__ __forceinline__ void finish_row(const RowParams& p, const ForwardParams& f, uint32_t row,
-                                           const Partial<Real>& part, Real x_target, bool known, bool write,
-                                           Real (&state)[kStateWidth]) {
+__device__ __forceinline__ void finish_row(const RowParams& p, const ForwardParams& f, const Mixture& mixture,
+                                           uint32_t row, const Partial<Real>& part, Real x_target, bool known,
+                                           bool write, Real (&state)[kStateWidth]) {
   Real z_target = x_target;
   if constexpr (kCap) z_target = capped(x_target, softcap_of<Real>(p.options)).value;
   const double scale = scale_of_differences(p.options);
@@ -52,8 +53,7 @@ __device__ __forceinline__ void finish_row(const RowParams& p, const ForwardPara
     sums.entropy = s - scale * part.sums.sum_exp_shifted / sum_exp;
     sums.collision = part.sums.sum_exp_squared / (sum_exp * sum_exp);
   }
-  const auto terms =
-      token_terms<Real, Real>(scale * m, sums, mixture_at<Real>(p, f, row), p.vocab_size, p.options);
+  const auto terms = token_terms<Real, Real>(scale * m, sums, mixture, p.vocab_size, p.options);
   fill_state(part.sums.m, s, terms, state);
   if (!write) return;
   store_loss(p, f, row, terms.loss, state);

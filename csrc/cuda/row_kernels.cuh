@@ -118,7 +118,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   }
   if (threadIdx.x == 0) {
     Real state[kStateWidth];
-    finish_row<kCap, kMoments>(p, f, row, accumulator.part, x_target, target.known, part == 0, state);
+    finish_row<kCap, kMoments>(p, f, mixture_at<Real>(p, forward_params, row), row, accumulator.part,
+                               x_target, target.known, part == 0, state);
     if constexpr (kPass2 != Pass2::kNone) shared.terms = pass_2_terms<kCap>(p, row, state, x_target);
   }
   if constexpr (kPass2 == Pass2::kNone) return;
@@ -157,7 +158,8 @@ __global__ void __launch_bounds__(kWarpSize)
   const T* const logits = logits_row<T>(p, row);
   const Real x_target = target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
   Real state[kStateWidth];
-  finish_row<kCap, kMoments>(p, f, row, whole, x_target, target.known, true, state);
+  finish_row<kCap, kMoments>(p, f, mixture_at<Real>(p, forward_params, row), row, whole, x_target,
+                             target.known, true, state);
 }
 
 // Pass 2 alone, from the state of the forward: reads and writes each logit once. Rows are taken in the

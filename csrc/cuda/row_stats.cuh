@@ -91,16 +91,18 @@ struct Accumulator {
   // Sums of a vector first, in pairs: the running sum takes a step a vector, not a step a logit.
   template <int kCount>
   __device__ __forceinline__ void add_values(const Real (&x)[kCount]) {
-    Real e[kCount], d[kCount], products[kCount], squares[kCount];
+    constexpr int kPairs = kCount > 1 ? kCount / 2 : 1;
+    Real e[kCount], d[kCount], products[kPairs] = {}, squares[kPairs] = {};
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const Real z = kCap ? capped(x[k], softcap).value : x[k];
       d[k] = z - part.sums.m;
       e[k] = exponential(d[k]);
-      // The clamp keeps 0 * -inf out; e still brings a NaN.
       if constexpr (kMoments) {
-        products[k] = e[k] * fmax(d[k], static_cast<Real>(-1e30));
-        squares[k] = e[k] * e[k];
+        // The clamp keeps 0 * -inf out; e still brings a NaN.
+        const Real finite = fmax(d[k], static_cast<Real>(-1e30));
+        products[k % kPairs] = fma(e[k], finite, products[k % kPairs]);
+        squares[k % kPairs] = fma(e[k], e[k], squares[k % kPairs]);
       }
     }
     part.sums.sum_exp += tree_sum(e);

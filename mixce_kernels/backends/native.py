@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,7 +77,9 @@ def forward_call(
     """The arguments of a forward, and tensors that they point to: keep these until it has been launched."""
     loss, new_token_scale, state, stats, correct, losses = results
     kind, weights, num_items, num_items_value = reduction
-    mixed, eta_stride, kept = mixture_arguments(mixture, loss.dtype)
+    eta, eta_value, weighting, parameters, first, second = mixture
+    eta, eta_stride = (None, 0) if eta is None else entries(eta.to(loss.dtype))
+    parameters = None if parameters is None else parameters.contiguous()
     upstream, upstream_stride = (None, 0) if token_scale is None else entries(token_scale)
     weights, weights_stride = (None, 0) if weights is None else entries(weights)
     shape = _forward_call_of_shape(
@@ -99,7 +100,12 @@ def forward_call(
         targets=targets.data_ptr(),
         grad_logits=0 if grad_logits is None else grad_logits.data_ptr(),
         upstream=0 if upstream is None else upstream.data_ptr(),
-        **mixed,
+        eta=0 if eta is None else eta.data_ptr(),
+        eta_value=eta_value,
+        weighting=weighting,
+        parameters=0 if parameters is None else parameters.data_ptr(),
+        first=first,
+        second=second,
         weights=0 if weights is None else weights.data_ptr(),
         num_items=0 if num_items is None else num_items.data_ptr(),
         num_items_value=math.nan if num_items_value is None else num_items_value,
@@ -110,25 +116,7 @@ def forward_call(
         stats=0 if stats is None else stats.data_ptr(),
         correct=0 if correct is None else correct.data_ptr(),
     )
-    return call, (*kept, upstream, weights)
-
-
-def mixture_arguments(
-    mixture: Mixture, dtype: torch.dtype
-) -> tuple[dict[str, Any], int, tuple[Tensor | None, Tensor | None]]:
-    """A mixture's arguments by name, eta's stride, and the tensors that they point to, of arithmetic in `dtype`."""
-    eta, eta_value, weighting, parameters, first, second = mixture
-    eta, eta_stride = (None, 0) if eta is None else entries(eta.to(dtype))
-    parameters = None if parameters is None else parameters.contiguous()
-    arguments = {
-        "eta": 0 if eta is None else eta.data_ptr(),
-        "eta_value": eta_value,
-        "weighting": weighting,
-        "parameters": 0 if parameters is None else parameters.data_ptr(),
-        "first": first,
-        "second": second,
-    }
-    return arguments, eta_stride, (eta, parameters)
+    return call, (eta, parameters, upstream, weights)
 
 
 def grad_params(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixce_kernels.backends import native
+from mixce_kernels.backends.layout import entries
 from mixce_kernels.backends.results import Results
 from mixce_kernels.backends.shards import IGNORED, Columns, ShardRows
 from mixce_kernels.mixture import Mixture
@@ -16,10 +16,6 @@ from mixce_kernels.options import TokenOptions
 
 if native.MISSING is None:
     from mixce_kernels import _C
-
-
-# Of a call that reads no mixture.
-_NO_MIXTURE = native.mixture_arguments(Mixture(), torch.float32)[0]
 
 
 def targets_params(
@@ -55,7 +51,7 @@ def message_params(
         message=message.data_ptr(),
     )
     state = None if results is None else results.state
-    return _tokens(targets, state, message.dtype, options), _results(results, eta_stride=0, **_NO_MIXTURE), to
+    return _tokens(targets, state, message.dtype, options), _results(results, Mixture(), 0), to
 
 
 def merge_params(
@@ -66,14 +62,16 @@ def merge_params(
     results: Results,
 ) -> tuple[tuple[_C.RowParams, _C.ForwardParams, _C.Messages], tuple[Tensor | None, ...]]:
     """The arguments of `merge_messages`, and the tensors that they point to: keep these until it has been launched."""
-    mixed, eta_stride, kept = native.mixture_arguments(mixture, results.loss.dtype)
+    eta, parameters = mixture.tensors()
+    eta, eta_stride = (None, 0) if eta is None else entries(eta.to(results.loss.dtype))
+    mixture = mixture.with_tensors(eta, None if parameters is None else parameters.contiguous())
     ranks, length = messages.shape
     params = (
         _tokens(targets, results.state, messages.dtype, options),
-        _results(results, eta_stride=eta_stride, **mixed),
+        _results(results, mixture, eta_stride),
         _C.messages(messages=messages.data_ptr(), ranks=ranks, length=length),
     )
-    return params, kept
+    return params, mixture.tensors()
 
 
 def _tokens(targets: Tensor, state: Tensor | None, dtype: torch.dtype, options: TokenOptions) -> _C.RowParams:
@@ -91,10 +89,16 @@ def _tokens(targets: Tensor, state: Tensor | None, dtype: torch.dtype, options: 
     )
 
 
-def _results(results: Results | None, **mixture: Any) -> _C.ForwardParams:
+def _results(results: Results | None, mixture: Mixture, eta_stride: int) -> _C.ForwardParams:
     losses, stats, correct = (None,) * 3 if results is None else (results.losses, results.stats, results.correct)
     return _C.forward_params(
-        **mixture,
+        eta=0 if mixture.eta is None else mixture.eta.data_ptr(),
+        eta_stride=eta_stride,
+        eta_value=mixture.eta_value,
+        weighting=mixture.weighting,
+        parameters=0 if mixture.parameters is None else mixture.parameters.data_ptr(),
+        first=mixture.first,
+        second=mixture.second,
         losses=0 if losses is None else losses.data_ptr(),
         stats=0 if stats is None else stats.data_ptr(),
         correct=0 if correct is None else correct.data_ptr(),

@@ -14,7 +14,7 @@ from mixce_kernels.checks import check_linear_tensors, check_values
 from mixce_kernels.linear import autograd, tiles
 from mixce_kernels.linear.chunks import LinearCall
 from mixce_kernels.linear.ops import LinearForward, LinearForwardWithGrad
-from mixce_kernels.mixture import Mixture, check_weighting, factor_of, needs_sums
+from mixce_kernels.mixture import Mixture, check_weighting, factor_of
 from mixce_kernels.options import LinearOptions, LossOptions, TokenOptions, accumulate_dtype, check_eta
 from mixce_kernels.reduction import NO_REDUCTION, Reduction
 from mixce_kernels.stats import MixCEStats
@@ -114,7 +114,7 @@ def fused_loss(
         weighting = Given(factor_of(weighting, _statistics(call, targets), validate=options.validate))
     mixture = Mixture.of(found.eta, weighting, targets, accumulate_dtype(found.compute_dtype))
     call = call._replace(mixture=mixture.flat())
-    with_stats = options.return_stats or needs_sums(weighting)
+    with_stats = options.return_stats or weighting.needs_sums
     wanted = [one is not None and one.requires_grad and torch.is_grad_enabled() for one in (hidden, weight, bias)]
     if linear.path == "chunks" and reduction.sums and any(wanted):
         found_results = autograd.linear_forward_with_grad(LinearForwardWithGrad(call, with_stats, wanted))

@@ -27,16 +27,20 @@ def _keep(ctx: Any, args: Forward | ForwardWithGrad, output: tuple[Tensor | None
     _, token_scale, state, *_ = output
     ctx.mark_non_differentiable(*[one for one in output[1:] if one is not None])
     ctx.set_materialize_grads(False)
-    eta, parameters = args.mixture.tensors()
-    ctx.save_for_backward(args.logits, args.targets, state, token_scale, eta, parameters)
-    ctx.constants = args.mixture.with_tensors(None, None), args.options, args.backend
+    mixture = args.mixture
+    if mixture.eta is None and mixture.parameters is None:
+        ctx.save_for_backward(args.logits, args.targets, state, token_scale)
+    else:
+        ctx.save_for_backward(args.logits, args.targets, state, token_scale, *mixture.tensors())
+        mixture = mixture.with_tensors(None, None)
+    ctx.constants = mixture, args.options, args.backend
 
 
 def _kept(ctx: Any, grad_loss: Tensor) -> LogitsGrad:
     """The gradient's arguments, for the upstream gradient of the loss."""
     logits, targets, state, token_scale, *tensors = ctx.saved_tensors
     mixture, options, backend = ctx.constants
-    mixture = mixture.with_tensors(*tensors)
+    mixture = mixture.with_tensors(*tensors) if tensors else mixture
     return LogitsGrad(logits, targets, state, grad_loss, given(token_scale), mixture, options, backend)
 
 

@@ -11,11 +11,11 @@ from mixce_kernels.checks import check_tensors, check_values, is_unwrapped
 from mixce_kernels.logits import autograd
 from mixce_kernels.logits.ops import Forward, ForwardWithGrad
 from mixce_kernels.logits.overwriting import check_overwritable, hooks_on_saved_tensors, is_transformed
-from mixce_kernels.mixture import Mixture, check_weighting, factor_of, needs_sums
+from mixce_kernels.mixture import Mixture, check_weighting, factor_of
 from mixce_kernels.options import LossOptions, TokenOptions, accumulate_dtype, check_eta
 from mixce_kernels.reduction import NO_REDUCTION, Reduction
 from mixce_kernels.stats import MixCEStats
-from mixce_kernels.weightings import Given, Weighting
+from mixce_kernels.weightings import CustomWeighting, Given, Weighting
 
 
 def mixce_loss(
@@ -30,20 +30,21 @@ def mixce_loss(
         check_overwritable(logits)
     check_tensors(logits, targets)
     eta = check_eta(eta, targets)
-    options = options._replace(weighting=check_weighting(options.weighting, targets))
+    weighting = check_weighting(options.weighting, targets)
     options.check_reduction(targets)
     backend = backends.resolve(options.backend, logits)
     if backend == "reference":
         return reference.loss_of_logits(logits, targets, eta, options)
     if options.validate:
-        check_values(targets, eta, options.weighting, token_options.ignore_index, logits.shape[-1])
-    return fused_loss(logits, targets, eta, options, token_options, backend)
+        check_values(targets, eta, weighting, token_options.ignore_index, logits.shape[-1])
+    return fused_loss(logits, targets, eta, weighting, options, token_options, backend)
 
 
 def fused_loss(
     logits: Tensor,  # [..., V], or the columns of a part of the vocabulary
     targets: Tensor,  # [...]
     eta: float | Tensor,  # a number or of targets' shape
+    weighting: CustomWeighting,
     options: LossOptions,
     token_options: TokenOptions,
     backend: str,  # what `backends.vocabulary` takes
@@ -59,12 +60,11 @@ def fused_loss(
     in_kernels = NO_REDUCTION if functional else reduction
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
     inplace = options.inplace_backward and wants_grad and _may_overwrite(logits, targets, eta)
-    with_stats = options.return_stats or needs_sums(options.weighting)
-    weighting = options.weighting
     if not isinstance(weighting, Weighting):
         found = _statistics(logits, targets, token_options, backend)
         weighting = Given(factor_of(weighting, found, validate=options.validate))
     mixture = Mixture.of(eta, weighting, targets, accumulate_dtype(logits.dtype))
+    with_stats = options.return_stats or weighting.needs_sums
 
     if options.grad_in_forward and wants_grad and not functional:
         # The gradient is final only if every factor of a token is known before the kernel runs.

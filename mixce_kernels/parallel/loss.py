@@ -37,17 +37,17 @@ def mixce_loss(
         check_overwritable(logits_shard)
     sharding.check_range()
     eta = check_eta(eta, targets)
-    options = options._replace(weighting=check_weighting(options.weighting, targets))
+    weighting = check_weighting(options.weighting, targets)
     options.check_reduction(targets)
     shard = sharding.shard(options)
     backend = backends.resolve(options.backend, logits_shard)
     if options.validate or backend == "reference":
-        mixture = _mixture_to_compare(eta, options.weighting, targets, logits_shard.dtype)
+        mixture = _mixture_to_compare(eta, weighting, targets, logits_shard.dtype)
         facts = CallFacts(targets.numel(), logits_shard.dtype, mixture, token_options, options.return_stats)
-        _check_call(shard, facts, logits_shard.shape[-1], backend, options, targets, logits_shard)
+        _check_call(shard, facts, logits_shard.shape[-1], backend, weighting, options.validate, targets, logits_shard)
     if backend == "reference":
-        return _reference_loss(shard, logits_shard, targets, eta, options)
-    return fused_loss(logits_shard, targets, eta, options, token_options, address_of(backend, shard))
+        return _reference_loss(shard, logits_shard, targets, eta, weighting, options)
+    return fused_loss(logits_shard, targets, eta, weighting, options, token_options, address_of(backend, shard))
 
 
 def linear_mixce_loss(
@@ -70,14 +70,13 @@ def linear_mixce_loss(
             targets.numel(), checked.compute_dtype, mixture, checked.token_options, options.return_stats,
             hidden.shape[-1], linear.max_chunk_bytes,
         )  # fmt: skip
-        _check_call(shard, facts, weight.shape[0], backend, options, targets, weight)
+        _check_call(shard, facts, weight.shape[0], backend, checked.weighting, options.validate, targets, weight)
     if backend == "reference":
         # Added up in the type of accumulation, and rounded once.
         wide = copy_to(shard.group, hidden.to(accumulate_dtype(checked.compute_dtype)))
         valid = targets != checked.token_options.ignore_index
         logits = linear_logits(wide, weight, bias, valid, checked.compute_dtype)
-        options = options._replace(weighting=checked.weighting)
-        return _reference_loss(shard, logits, targets, checked.eta, options)
+        return _reference_loss(shard, logits, targets, checked.eta, checked.weighting, options)
     return linear_loss.fused_loss(
         hidden, weight, bias, targets, options, linear, checked, backend=address_of(backend, shard)
     )
@@ -96,22 +95,27 @@ def _check_call(
     facts: CallFacts,
     width: int,
     backend: str,
-    options: LossOptions,
+    weighting: CustomWeighting,
+    validate: bool,
     targets: Tensor,
     values: Tensor,
 ) -> None:
     """What no kernel checks, of this rank's columns or rows of the weight: see `Shard.check_call`."""
-    reads_targets = options.validate or values.device.type == "cpu"
+    reads_targets = validate or values.device.type == "cpu"
     signature = shard.signature(width, facts, reference=backend == "reference", validate=reads_targets)
     eta = facts.mixture.eta_of_tokens()
-    shard.check_call(signature, targets, eta, options.weighting, facts.options.ignore_index, values)
+    shard.check_call(signature, targets, eta, weighting, facts.options.ignore_index, values)
 
 
 def _reference_loss(
-    shard: Shard, logits: Tensor, targets: Tensor, eta: float | Tensor, options: LossOptions
+    shard: Shard,
+    logits: Tensor,
+    targets: Tensor,
+    eta: float | Tensor,
+    weighting: CustomWeighting,
+    options: LossOptions,
 ) -> Tensor | tuple[Tensor, MixCEStats]:
     token_options = options.for_tokens()
-    weighting = options.weighting
     if not isinstance(weighting, Weighting):
         _, found = sharded_token_losses(shard, logits.detach(), targets, eta, PROBABILITY, token_options)
         weighting = Given(factor_of(weighting, found, validate=options.validate))
