@@ -21,9 +21,10 @@ from mixce_kernels import weightings
 from mixce_kernels.backends import results
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 STATE_WIDTH = tl.constexpr(results.STATE_WIDTH)
 STATS_WIDTH = tl.constexpr(results.STATS_WIDTH)
-PROBABILITY, POWER, TAILR, BAND, FOCAL, VARIANCE, ENTROPY, _COLLISION_POWER, GIVEN = (
+PROBABILITY, POWER, TAILR, BAND, FOCAL, VARIANCE, ENTROPY, COLLISION_POWER, GIVEN = (
     tl.constexpr(i) for i in range(len(weightings.KINDS))
 )
 
@@ -113,14 +114,13 @@ def log_of(x, real: tl.constexpr):
     if real == tl.float64:
         found = tl.log(x)
     else:
-        bits = x.to(tl.int64, bitcast=True)
-        fraction = ((bits & 0xFFFFFFFFFFFFF) | 0x3FF0000000000000).to(tl.float64, bitcast=True)
+        # In float32 but for the sum: x is no more exact.
+        near = x.to(tl.float32)
+        bits = near.to(tl.int32, bitcast=True)
+        whole = (bits - 0x3F333333) >> 23
         # From 0.7 to 1.4.
-        above = fraction > 1.4
-        fraction = tl.where(above, 0.5 * fraction, fraction)
-        whole = ((bits >> 52) - 1023 + above.to(tl.int64)).to(tl.float64)
-        near = fraction.to(tl.float32)
-        found = whole / LOG2_E + tl.log(near).to(tl.float64) + (fraction - near) / fraction
+        fraction = (bits - (whole << 23)).to(tl.float32, bitcast=True)
+        found = whole.to(tl.float64) * LN_2 + tl.log(fraction).to(tl.float64)
     return found
 
 
@@ -136,17 +136,23 @@ def weighting_factor(mixture, nll, q, not_q, sums, real: tl.constexpr, returned:
     """A token's f, NaN where q is: not_q is 1 - q; q is compared as the statistics return it, in type `returned`."""
     _, weighting, first, second = mixture
     _, _, _, entropy, collision = sums
-    exponent = tl.where(weighting == POWER, first, collision)
-    f = tl.where(exponent == 0.0, 1.0, exp_of(-exponent * nll, real))
-    share = tl.where(first == 0.0, 1.0, q / (first + (1.0 - first) * q))
-    f = tl.where(weighting == TAILR, tl.maximum(share, second), f)
-    q_returned = q.to(returned)
-    within = (q_returned >= first.to(returned)) & (q_returned <= second.to(returned))
-    f = tl.where(weighting == BAND, tl.where(within, 1.0, 0.0), f)
-    f = tl.where(weighting == VARIANCE, q * tl.maximum(not_q, 0.0), f)
-    base = tl.where(weighting == FOCAL, not_q, entropy / second)
-    f = tl.where((weighting == FOCAL) | (weighting == ENTROPY), power(base, first, real), f)
-    f = tl.where(weighting == GIVEN, first, f)
+    # A branch each, since together they would take more registers than rows that are held leave.
+    f = q
+    if (weighting == POWER) | (weighting == COLLISION_POWER):
+        exponent = tl.where(weighting == POWER, first, collision)
+        f = tl.where(exponent == 0.0, 1.0, exp_of(-exponent * nll, real))
+    if weighting == TAILR:
+        f = tl.maximum(tl.where(first == 0.0, 1.0, q / (first + (1.0 - first) * q)), second)
+    if weighting == BAND:
+        q_returned = q.to(returned)
+        within = (q_returned >= first.to(returned)) & (q_returned <= second.to(returned))
+        f = tl.where(within, 1.0, 0.0).to(tl.float64)
+    if weighting == VARIANCE:
+        f = q * tl.maximum(not_q, 0.0)
+    if (weighting == FOCAL) | (weighting == ENTROPY):
+        f = power(tl.where(weighting == FOCAL, not_q, entropy / second), first, real)
+    if weighting == GIVEN:
+        f = first + 0.0 * q
     return tl.where(q == q, f, q)
 
 

@@ -25,6 +25,16 @@ LOGITS = {
     "`torch.compile`": "torch.compile",
     "`F.cross_entropy` (eta = 1 alone)": "F.cross_entropy",
 }
+WEIGHTINGS = {
+    "MixCE": "fused-cpu",
+    "`Power(0.5)`": "fused-cpu-power",
+    "MixCE with statistics": "fused-cpu-stats",
+    "`Entropy(1.0, 3.0)`": "fused-cpu-entropy",
+    "eager, q^0.5": "eager-power",
+    "eager, H / 3": "eager-entropy",
+    "`torch.compile`, q^0.5": "torch.compile-power",
+    "`torch.compile`, H / 3": "torch.compile-entropy",
+}
 HIDDEN = {
     "`fused_linear_mixce_loss`": "fused-linear",
     "three matrix products": "three-matmuls",
@@ -108,6 +118,15 @@ def test_logits(page: str, heading: str, sizes: int) -> None:
                 if cell:
                     assert_rounded(cell, figure("bench", "median_ms", **setting, contender=LOGITS[name], mode=mode))
     assert seen == sizes
+
+
+def test_weightings() -> None:
+    size = {"dtype": "float32", "rows": "1024", "vocab": "50257", "threads": "1", "allocator": "warm"}
+    lines = table_of("weightings.md", "What it costs")[1:]
+    assert [line[0] for line in lines] == list(WEIGHTINGS)
+    for name, *cells in lines:
+        for mode, cell in zip(("forward", "both"), cells, strict=True):
+            assert_rounded(cell, figure("bench", "median_ms", **size, contender=WEIGHTINGS[name], mode=mode))
 
 
 def test_share_of_a_read() -> None:
