@@ -87,7 +87,7 @@ _tried: Counter[str] = Counter()
 
 def _is_spared(item: pytest.Item) -> bool:
     """Whether an interpreter skips it: of the tests of decided cases, which others pass, every fourth is tried."""
-    if item.path.name not in ("test_edge_cases.py", "test_inplace.py", "test_reductions.py"):
+    if item.path.name not in ("test_edge_cases.py", "test_inplace.py", "test_reductions.py", "test_weightings.py"):
         return False
     name = f"{item.path.name}:{getattr(item, 'originalname', item.name)}"
     _tried[name] += 1

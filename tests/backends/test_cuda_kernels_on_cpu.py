@@ -34,6 +34,7 @@ FILES = (
     "loss/test_reductions.py",
     "loss/test_modules.py",
     "loss/test_autograd.py",
+    "loss/test_weightings.py",
 )
 PARALLEL = ("parallel/test_shard_kernels.py", "parallel/test_vocab_parallel.py", "gpu/test_gpu_parallel.py")
 LINEAR = (

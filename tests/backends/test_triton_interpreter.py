@@ -39,7 +39,7 @@ JOBS = [
         for release, files in (
             ("installed", "loss/test_loss.py"),
             ("installed", "loss/test_edge_cases.py loss/test_inplace.py loss/test_reductions.py"),
-            ("installed", "loss/test_stats.py"),
+            ("installed", "loss/test_stats.py loss/test_weightings.py"),
             ("installed", "linear/test_linear.py"),
             ("installed", "parallel/test_vocab_parallel.py parallel/test_shard_kernels.py"),
             ("newest", "backends/test_triton_interpreter.py"),
