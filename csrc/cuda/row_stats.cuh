@@ -88,11 +88,12 @@ struct Accumulator {
     part.beaten |= x > x_target || (x == x_target && column < target);
   }
 
-  // Sums of a vector first, in pairs: the running sum takes a step a vector, not a step a logit.
+  // Sums of a vector first: the running sum takes a step a vector, not a step a logit. Products are added up
+  // as they are made, in two sums.
   template <int kCount>
   __device__ __forceinline__ void add_values(const Real (&x)[kCount]) {
-    constexpr int kPairs = kCount > 1 ? kCount / 2 : 1;
-    Real e[kCount], d[kCount], products[kPairs] = {}, squares[kPairs] = {};
+    constexpr int kSums = kCount > 1 ? 2 : 1;
+    Real e[kCount], d[kCount], products[kSums], squares[kSums];
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       const Real z = kCap ? capped(x[k], softcap).value : x[k];
@@ -101,8 +102,9 @@ struct Accumulator {
       if constexpr (kMoments) {
         // The clamp keeps 0 * -inf out; e still brings a NaN.
         const Real finite = fmax(d[k], static_cast<Real>(-1e30));
-        products[k % kPairs] = fma(e[k], finite, products[k % kPairs]);
-        squares[k % kPairs] = fma(e[k], e[k], squares[k % kPairs]);
+        const int sum = k % kSums;
+        products[sum] = k < kSums ? e[k] * finite : fma(e[k], finite, products[sum]);
+        squares[sum] = k < kSums ? e[k] * e[k] : fma(e[k], e[k], squares[sum]);
       }
     }
     part.sums.sum_exp += tree_sum(e);
