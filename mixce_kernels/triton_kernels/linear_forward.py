@@ -84,7 +84,8 @@ def linear_forward_kernel(
     target = column_of(tl.load(targets_ptr + row).to(tl.int64), vocab_size)[1]
     hidden_rows = hidden_ptr + row * hidden_stride
     zeros = tl.zeros((BLOCK_N,), real)
-    lanes = (zeros - float("inf"), zeros, zeros, zeros, zeros, zeros, 0)
+    # The count is that of every row: a number.
+    lanes = (zeros - float("inf"), zeros, zeros, zeros, zeros, tl.full((), 0.0, real), 0)
     x_target = zeros
     best = zeros - float("inf")
     hit = tl.zeros((BLOCK_N,), tl.int32)
