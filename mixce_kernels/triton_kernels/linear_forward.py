@@ -203,8 +203,8 @@ def linear_merge_kernel(
         best = tl.load(partial_ptr + BEST * n_rows, mask=filled, other=float("-inf"))
         hit = tl.load(partial_ptr + HIT * n_rows, mask=filled, other=0.0)
         # The first of the splits that have the largest logit.
-        first = tl.min(tl.where(best == tl.max(best, axis=0)[None, :], split, SPLITS), axis=0)
-        beaten = 1.0 - tl.sum(tl.where(split == first[None, :], hit, 0.0), axis=0)
+        best_split = tl.min(tl.where(best == tl.max(best, axis=0)[None, :], split, SPLITS), axis=0)
+        beaten = 1.0 - tl.sum(tl.where(split == best_split[None, :], hit, 0.0), axis=0)
 
     # Epilogue.
     known, _ = column_of(target, vocab_size)
