@@ -85,8 +85,8 @@ class NoKernels:
         results = rows.results
         assert results.state is not None
         largest = None if rows.largest_state is None else rows.largest_state[:2]
-        stats = None if results.stats is None else results.stats[[0, 4, 5]]
-        count_launch(targets, results.losses, results.state[:2], stats, results.correct, largest, message)
+        stats = () if results.stats is None else (results.stats[:1], results.stats[4:])
+        count_launch(targets, results.losses, results.state[:2], *stats, results.correct, largest, message)
 
     def merge_messages(
         self,
