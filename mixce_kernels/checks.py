@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mixce_kernels.options import ETA_ROUNDING, LOGITS_DTYPES
 from mixce_kernels.values import describe
-from mixce_kernels.weightings import CustomWeighting, Weighting
+from mixce_kernels.weightings import CustomWeighting, is_built_in
 
 TARGET_DTYPES = (torch.int64, torch.int32)
 _PLAIN = frozenset((Tensor, Parameter, float, int, type(None)))
@@ -113,7 +113,7 @@ def check_values(
     check_targets_in_range(targets, ignore_index, vocab_size)
     if isinstance(eta, Tensor) and not ((eta >= -ETA_ROUNDING) & (eta <= 1 + ETA_ROUNDING)).all():
         raise ValueError("expected every entry of eta in [0, 1], got one outside")
-    if isinstance(weighting, Weighting):
+    if is_built_in(weighting):
         weighting.check_values()
 
 

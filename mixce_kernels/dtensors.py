@@ -27,7 +27,7 @@ from mixce_kernels.parallel import loss as parallel_loss
 from mixce_kernels.parallel.collectives import sum_over, total
 from mixce_kernels.parallel.shard import Sharding
 from mixce_kernels.stats import MixCEStats
-from mixce_kernels.weightings import Weighting
+from mixce_kernels.weightings import is_built_in
 
 
 def mixce_loss(
@@ -216,7 +216,7 @@ class _Tokens:
             eta = eta.redistribute(placements=[Replicate()] * eta.device_mesh.ndim)
         eta = check_eta(eta, targets)
         weighting = check_weighting(options.weighting, targets)
-        if isinstance(weighting, Weighting):
+        if is_built_in(weighting):
             weighting = weighting.on_tokens(targets, self.local)
         options.check_reduction(targets)
         weights, divisor = options.token_weights, options.num_items_in_batch

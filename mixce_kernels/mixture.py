@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixce_kernels.stats import MixCEStats
 from mixce_kernels.values import concrete, describe
-from mixce_kernels.weightings import KINDS, PROBABILITY, CustomWeighting, Weighting
+from mixce_kernels.weightings import KINDS, PROBABILITY, CustomWeighting, Weighting, is_built_in
 
 # The most parameters that a weighting has.
 N_PARAMETERS = 2
@@ -95,7 +95,7 @@ def check_weighting(weighting: CustomWeighting, targets: Tensor) -> CustomWeight
     if weighting is PROBABILITY:
         return weighting
     check_is_weighting(weighting)
-    return weighting.on_tokens(targets) if isinstance(weighting, Weighting) else weighting
+    return weighting.on_tokens(targets) if is_built_in(weighting) else weighting
 
 
 def check_is_weighting(weighting: object) -> None:

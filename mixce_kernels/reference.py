@@ -16,7 +16,7 @@ from mixce_kernels.checks import check_linear_tensors, check_tensors, check_valu
 from mixce_kernels.mixture import check_weighting, factor_of
 from mixce_kernels.options import LinearOptions, LossOptions, TokenOptions, accumulate_dtype, check_eta
 from mixce_kernels.stats import MixCEStats
-from mixce_kernels.weightings import PROBABILITY, CustomWeighting, Given, Weighting
+from mixce_kernels.weightings import PROBABILITY, CustomWeighting, Given, Weighting, is_built_in
 
 
 def mixce_loss_reference(
@@ -67,7 +67,7 @@ def loss_of_logits(
     if options.validate or readable:
         check_values(targets, eta, weighting, token_options.ignore_index, logits.shape[-1])
 
-    if not isinstance(weighting, Weighting):
+    if not is_built_in(weighting):
         _, stats = token_losses(logits.detach(), targets, eta, PROBABILITY, token_options)
         weighting = Given(factor_of(weighting, stats, validate=options.validate))
     loss, stats = token_losses(logits, targets, eta, weighting, token_options)

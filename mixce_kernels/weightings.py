@@ -17,7 +17,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
@@ -255,6 +255,11 @@ PROBABILITY = Probability()
 KINDS: tuple[type[Weighting], ...] = (
     Probability, Power, TaiLr, Band, Focal, Variance, Entropy, CollisionPower, Given
 )  # fmt: skip
+
+
+def is_built_in(weighting: object) -> TypeGuard[Weighting]:
+    """Whether the kernels know it; a class of the caller's that derives from one of these is a function like others."""
+    return type(weighting) in KINDS
 
 
 def parse(text: str) -> Weighting:

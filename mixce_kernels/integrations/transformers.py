@@ -22,7 +22,7 @@ from mixce_kernels.integrations.versions import require
 from mixce_kernels.mixture import check_is_weighting
 from mixce_kernels.options import LinearOptions, LossOptions, check_eta_number
 from mixce_kernels.parallel.shard import Sharding
-from mixce_kernels.weightings import PROBABILITY, CustomWeighting, Weighting
+from mixce_kernels.weightings import PROBABILITY, CustomWeighting, is_built_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +54,7 @@ class _CausalLMLoss:
         # The last of a model's devices need not be the one that tensors were made for.
         eta = self.eta.to(values.device, non_blocking=True) if isinstance(self.eta, Tensor) else self.eta
         weighting = self.weighting
-        weighting = weighting.to(values.device) if isinstance(weighting, Weighting) else weighting
+        weighting = weighting.to(values.device) if is_built_in(weighting) else weighting
         options = self.options._replace(num_items_in_batch=num_items_in_batch, weighting=weighting)
         return eta, options if ignore_index is None else options._replace(ignore_index=ignore_index)
 

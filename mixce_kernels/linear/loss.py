@@ -18,7 +18,7 @@ from mixce_kernels.mixture import Mixture, check_weighting, factor_of
 from mixce_kernels.options import LinearOptions, LossOptions, TokenOptions, accumulate_dtype, check_eta
 from mixce_kernels.reduction import NO_REDUCTION, Reduction
 from mixce_kernels.stats import MixCEStats
-from mixce_kernels.weightings import CustomWeighting, Given, Weighting
+from mixce_kernels.weightings import CustomWeighting, Given, is_built_in
 
 
 class Checked(NamedTuple):
@@ -110,7 +110,7 @@ def fused_loss(
         backend=backend,
     )
     weighting = found.weighting
-    if not isinstance(weighting, Weighting):
+    if not is_built_in(weighting):
         weighting = Given(factor_of(weighting, _statistics(call, targets), validate=options.validate))
     mixture = Mixture.of(found.eta, weighting, targets, accumulate_dtype(found.compute_dtype))
     call = call._replace(mixture=mixture.flat())

@@ -15,7 +15,7 @@ from mixce_kernels.mixture import Mixture, check_weighting, factor_of
 from mixce_kernels.options import LossOptions, TokenOptions, accumulate_dtype, check_eta
 from mixce_kernels.reduction import NO_REDUCTION, Reduction
 from mixce_kernels.stats import MixCEStats
-from mixce_kernels.weightings import CustomWeighting, Given, Weighting
+from mixce_kernels.weightings import CustomWeighting, Given, is_built_in
 
 
 def mixce_loss(
@@ -60,7 +60,7 @@ def fused_loss(
     in_kernels = NO_REDUCTION if functional else reduction
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
     inplace = options.inplace_backward and wants_grad and _may_overwrite(logits, targets, eta)
-    if not isinstance(weighting, Weighting):
+    if not is_built_in(weighting):
         found = _statistics(logits, targets, token_options, backend)
         weighting = Given(factor_of(weighting, found, validate=options.validate))
     mixture = Mixture.of(eta, weighting, targets, accumulate_dtype(logits.dtype))

@@ -20,7 +20,7 @@ from mixce_kernels.parallel.shard import Shard, Sharding
 from mixce_kernels.reduction import Reduction
 from mixce_kernels.reference import linear_logits
 from mixce_kernels.stats import MixCEStats
-from mixce_kernels.weightings import PROBABILITY, CustomWeighting, Given, Weighting
+from mixce_kernels.weightings import PROBABILITY, CustomWeighting, Given, is_built_in
 
 
 def mixce_loss(
@@ -86,7 +86,7 @@ def _mixture_to_compare(
     eta: float | Tensor, weighting: CustomWeighting, targets: Tensor, dtype: torch.dtype
 ) -> Mixture:
     """The mixture before a function of the caller's was called: the ranks compare these."""
-    known = weighting if isinstance(weighting, Weighting) else Given(0.0)
+    known = weighting if is_built_in(weighting) else Given(0.0)
     return Mixture.of(eta, known, targets, accumulate_dtype(dtype))
 
 
@@ -116,7 +116,7 @@ def _reference_loss(
     options: LossOptions,
 ) -> Tensor | tuple[Tensor, MixCEStats]:
     token_options = options.for_tokens()
-    if not isinstance(weighting, Weighting):
+    if not is_built_in(weighting):
         _, found = sharded_token_losses(shard, logits.detach(), targets, eta, PROBABILITY, token_options)
         weighting = Given(factor_of(weighting, found, validate=options.validate))
     loss, stats = sharded_token_losses(shard, logits, targets, eta, weighting, token_options)

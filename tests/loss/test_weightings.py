@@ -106,6 +106,28 @@ def test_what_a_function_gets(dtype: torch.dtype, backend: str, device: str) -> 
     torch.testing.assert_close(stats.weight, torch.where(valid, 0.2 + 0.8 * 0.5, 0.0).to(stats.weight.dtype))
 
 
+class _Doubled(Power):
+    """A class of the caller's: no kernel knows it, and its own formula counts."""
+
+    def __call__(self, stats: MixCEStats) -> Tensor:
+        return 2 * super().__call__(stats)
+
+
+class _Own(weightings.Weighting):
+    def __call__(self, stats: MixCEStats) -> Tensor:
+        return 2 * torch.exp(-0.5 * stats.nll)
+
+
+@pytest.mark.parametrize("weighting", [_Doubled(0.5), _Own()], ids=["of a built-in", "of the base"])
+def test_classes_of_the_caller_s(weighting: Any, backend: str, device: str) -> None:
+    logits, targets = inputs(device)
+    got, expected = (
+        loss_and_grad(logits, targets, 0.2, weighting=one, backend=backend)
+        for one in (weighting, lambda stats: 2 * torch.exp(-0.5 * stats.nll))
+    )
+    assert_close(got, expected)
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_returned_weight(name: str, backend: str, device: str) -> None:
     """It is eta + (1 - eta) * f of the returned statistics."""
