@@ -2,7 +2,7 @@
 
 A token's loss is w * ce, and no gradient goes through w. The weighting of MixCE is `Probability`, the default; the
 others are the reweightings of supervised fine-tuning that need no more than the sums of one pass over the vocabulary.
-The kernels know each of them. Any other function of `MixCEStats` serves as well, between two passes.
+The kernels know each of them. Any other function of `MixCEStats` serves as well, after a pass for the statistics.
 
     fused_mixce_loss(logits, targets, eta=0.0, weighting=Power(0.5))
     fused_mixce_loss(logits, targets, eta=0.1, weighting=lambda stats: stats.q.sqrt())

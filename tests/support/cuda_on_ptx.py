@@ -85,7 +85,7 @@ def check_figures(runtime: Any, vocab_size: int) -> None:
     assert_counted("grad_in_forward")
     # Another function of q costs some instructions a row.
     fused_mixce_loss(logits, targets, weighting=Power(0.5), backend="cuda")
-    assert assert_counted("forward") <= 1.01 * instructions
+    assert assert_counted("forward") <= 1.001 * instructions
 
 
 def main() -> None:
