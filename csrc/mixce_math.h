@@ -17,9 +17,11 @@
 namespace mixce {
 
 // Numbers of a token that a forward stores: m, s, a, c, t for its gradient, and nll, q, weight, lse, entropy,
-// collision.
+// collision; for the entropy's gradient u and q * (z_target - m - u), with u the mean of z - m over the
+// model's distribution.
 static constexpr int kStateWidth = 5;
 static constexpr int kStatsWidth = 6;
+static constexpr int kEntropyStateWidth = 2;
 
 template <typename Real>
 static constexpr Real kLog2E = static_cast<Real>(1.4426950408889634);
@@ -114,11 +116,12 @@ struct TokenTerms {
 };
 
 // Sums over a row, beside its largest exponent m: `s` is log sum exp(z - m), `d_target` is z_target - m,
-// `mean_shifted` the mean of z - m, read with label smoothing; entropy and collision, sum p^2, are read by
-// the weightings that need them.
+// `mean_shifted` the mean of z - m, read with label smoothing; `expected_shifted`, the mean over the model's
+// distribution, and collision, sum p^2, are read by the weightings that need them.
 struct RowSums {
-  double s, d_target, mean_shifted, entropy, collision;
+  double s, d_target, mean_shifted, expected_shifted, collision;
 };
+MIXCE_INLINE double entropy_of(const RowSums& row) { return row.s - row.expected_shifted; }
 
 // A token's eta and the weighting with its two parameters.
 struct Mixture {
@@ -181,7 +184,7 @@ MIXCE_INLINE double weighting_factor(const Mixture& mixture, double nll, double 
     case Weighting::kVariance:
       return not_q > 0 ? q * not_q : 0;
     case Weighting::kEntropy:
-      return power<Elementary>(row.entropy / second, first);
+      return power<Elementary>(entropy_of(row) / second, first);
     case Weighting::kGiven:
       return first;
   }
@@ -226,19 +229,38 @@ MIXCE_INLINE void fill_state(Real m, double s, const TokenTerms& terms, Real (&s
   state[3] = static_cast<Real>(terms.c), state[4] = static_cast<Real>(terms.t);
 }
 
-// What a row's gradient is made from: grad_j = slope_j * (exp(z_j - m) * k - c), and slope_y * t at the
-// target, with slope the derivative of the softcap, 1 without one.
+// What a row's gradient is made from: grad_j = slope_j * (exp(z_j - m) * (k + b * d_j) - c), and slope_y * t
+// at the target, with slope the derivative of the softcap, 1 without one, and d_j the difference of (capped)
+// logits whose exponential that is. b is 0 without a gradient of the entropy.
 template <typename Real>
 struct GradTerms {
-  Real m, k, c, t;
+  Real m, k, b, c, t;
 };
 
+// `factor` is the derivative of the exponents by the (uncapped) logits.
 template <typename Elementary, typename Real>
-MIXCE_INLINE GradTerms<double> grad_terms(const Real (&state)[kStateWidth], double grad_loss,
-                                          const TokenOptions& options) {
+MIXCE_INLINE GradTerms<double> grad_terms(const Real (&state)[kStateWidth], double grad_loss, double factor) {
   const double s = state[1], a = state[2], c = state[3], t = state[4];
-  const double factor = grad_loss * options.logit_scale;
-  return {state[0], a * factor * exp(static_cast<Elementary>(-s)), c * factor, t * factor};
+  factor *= grad_loss;
+  return {state[0], a * factor * exp(static_cast<Elementary>(-s)), 0, c * factor, t * factor};
 }
+
+// Adds the gradient of the entropy, whose derivative by z_j is -p_j * (z_j - m - u).
+template <typename Elementary, typename Real>
+MIXCE_INLINE void add_entropy_grad(GradTerms<double>& terms, const Real (&state)[kStateWidth],
+                                   const Real (&entropy_state)[kEntropyStateWidth], double grad_entropy,
+                                   double factor, double scale) {
+  const double s = state[1], u = entropy_state[0], at_target = entropy_state[1];
+  factor *= grad_entropy;
+  const double share = factor * exp(static_cast<Elementary>(-s));
+  terms.k += share * u;
+  terms.b = -share * scale;
+  terms.t -= factor * at_target;
+}
+
+// A difference of logits times its exponential is 0 where that is, also for a logit of -inf: the difference
+// is taken as this at least.
+template <typename Real>
+static constexpr Real kLowestDifference = static_cast<Real>(-1e30);
 
 }  // namespace mixce

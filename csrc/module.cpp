@@ -104,6 +104,18 @@ void define_params(py::module_& m) {
               field("grad_loss_stride", &RowParams::grad_loss_stride),
               field("token_scale", &RowParams::token_scale),
               field("token_scale_stride", &RowParams::token_scale_stride), field("state", &RowParams::state));
+  // What a call of log-probabilities has besides, on the record itself: the losses' calls do without.
+  m.def(
+      "add_logprobs",
+      [](RowParams& rows, uintptr_t temperature, int64_t temperature_stride, uintptr_t grad_entropy,
+         uintptr_t entropy_state) {
+        convert(temperature, rows.temperature);
+        rows.temperature_stride = temperature_stride;
+        convert(grad_entropy, rows.grad_entropy);
+        convert(entropy_state, rows.entropy_state);
+      },
+      py::arg("rows"), py::kw_only(), py::arg("temperature"), py::arg("temperature_stride"),
+      py::arg("grad_entropy"), py::arg("entropy_state"));
   define_record(m, "ReductionParams", "reduction_params", field("losses", &ReductionParams::losses),
                 field("number", &ReductionParams::number), field("targets", &ReductionParams::targets),
                 field("targets_int64", &ReductionParams::targets_int64),
@@ -120,7 +132,7 @@ void define_params(py::module_& m) {
 
 // What a forward has of its sizes and options, and the call that this makes of its tensors.
 void define_forward(py::module_& m) {
-  py::class_<ForwardCall>(m, "ForwardCall");
+  py::class_<ForwardCall>(m, "ForwardCall").def_readwrite("rows", &ForwardCall::rows);
   m.def(
       "forward_call_of_shape",
       [](const RowParams& rows, int64_t upstream_stride, int64_t eta_stride, const ReductionParams& reduction,

@@ -37,6 +37,34 @@ MIXCE_INLINE Real upstream_at(const RowParams& p, Index row) {
   return static_cast<Real>(grad_loss * p.token_scale[row * p.token_scale_stride]);
 }
 
+template <typename Real, typename Index>
+MIXCE_INLINE double temperature_at(const RowParams& p, Index row) {
+  return p.temperature == nullptr ? 1 : static_cast<const Real*>(p.temperature)[row * p.temperature_stride];
+}
+
+// The factor from a row's differences of (capped) logits to those of exponents.
+template <typename Real, typename Index>
+MIXCE_INLINE double row_scale(const RowParams& p, Index row) {
+  return scale_of_differences(p.options) / temperature_at<Real>(p, row);
+}
+
+// A row's terms for its gradient, from its state and the upstream gradients; kEntropy: with that of the
+// entropy.
+template <typename Elementary, bool kEntropy, typename Real, typename Index>
+MIXCE_INLINE GradTerms<double> grad_terms_at(const RowParams& p, Index row,
+                                             const Real (&state)[kStateWidth]) {
+  const double temperature = temperature_at<Real>(p, row), factor = p.options.logit_scale / temperature;
+  auto terms = grad_terms<Elementary>(state, upstream_at<Real>(p, row), factor);
+  if constexpr (kEntropy) {
+    const Real* const of_row = static_cast<const Real*>(p.entropy_state) + row;
+    const Real entropy_state[kEntropyStateWidth] = {of_row[0], of_row[p.logits_rows.number]};
+    const double grad_entropy = static_cast<const Real*>(p.grad_entropy)[row * p.grad_loss_stride];
+    add_entropy_grad<Elementary>(terms, state, entropy_state, grad_entropy, factor,
+                                 scale_of_differences(p.options) / temperature);
+  }
+  return terms;
+}
+
 // The factor of a row of the gradient: 1 where it is ignored, since NaN or infinity must not multiply zeros.
 template <typename Real, typename Index>
 MIXCE_INLINE Real row_factor_at(const RowParams& p, Index row) {
@@ -82,20 +110,26 @@ MIXCE_INLINE void load_state(const RowParams& p, Index row, Real (&state)[kState
 template <typename Real, typename Index>
 MIXCE_INLINE void store_stats(const RowParams& p, const ForwardParams& f, Index row, const TokenTerms& terms,
                               const RowSums& sums, bool first_of_largest) {
-  const double stats[kStatsWidth] = {terms.nll, terms.q,      terms.weight,
-                                     terms.lse, sums.entropy, sums.collision};
+  const double stats[kStatsWidth] = {terms.nll, terms.q,          terms.weight,
+                                     terms.lse, entropy_of(sums), sums.collision};
   store_numbers<Real>(f.stats, p.logits_rows.number, row, stats);
   f.correct[row] = first_of_largest && terms.nll == terms.nll;
+  if (p.entropy_state == nullptr) return;
+  const double u = sums.expected_shifted;
+  const double entropy_state[kEntropyStateWidth] = {u, terms.q == 0 ? 0 : terms.q * (sums.d_target - u)};
+  store_numbers<Real>(p.entropy_state, p.logits_rows.number, row, entropy_state);
 }
 
 // Results of an ignored row, all 0.
 template <typename Real, typename Index>
 MIXCE_INLINE void store_ignored_row(const RowParams& p, const ForwardParams& f, Index row) {
-  const Real state[kStateWidth] = {}, stats[kStatsWidth] = {};
+  const Real state[kStateWidth] = {}, stats[kStatsWidth] = {}, entropy_state[kEntropyStateWidth] = {};
   store_loss<Real>(p, f, row, 0, state);
   if (f.stats == nullptr) return;
   store_numbers<Real>(f.stats, p.logits_rows.number, row, stats);
   f.correct[row] = false;
+  if (p.entropy_state != nullptr)
+    store_numbers<Real>(p.entropy_state, p.logits_rows.number, row, entropy_state);
 }
 
 }  // namespace mixce

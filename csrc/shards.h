@@ -152,7 +152,7 @@ template <typename Real, typename Index>
 MIXCE_INLINE void merge_row(const RowParams& p, const ForwardParams& f, const Messages& messages, Index row) {
   if (target_at(p, row) == p.options.ignore_index) return store_ignored_row<Real>(p, f, row);
   const int64_t rows = p.logits_rows.number;
-  const double scale = scale_of_differences(p.options);
+  const double scale = row_scale<Real>(p, row);
   const bool smooth = needs_moments(p.options), with_stats = f.stats != nullptr;
   const int entropy_at = 3 + smooth, collision_at = entropy_at + 1;
   const int largest_at = has_softcap(p.options) ? collision_at + 1 : 0;
@@ -183,11 +183,12 @@ MIXCE_INLINE void merge_row(const RowParams& p, const ForwardParams& f, const Me
   }
   const double s = holders == 1 ? log(sum_exp) : NAN;
   RowSums sums = {s, d_target, smooth ? sum_shifted / vocab_size : 0, 0, 0};
+  double entropy = 0;
   for (int64_t rank = 0; with_stats && rank < messages.ranks; ++rank) {
     const double log_share = number(rank, 1) + scale * (number(rank, 0) - m) - s;
     const double share = exp(log_share);
     if (share != 0) {
-      sums.entropy += share * (fabs(number(rank, entropy_at)) - log_share);
+      entropy += share * (fabs(number(rank, entropy_at)) - log_share);
       sums.collision += share * share * number(rank, collision_at);
     }
     // An equal logit before the target's beats it.
@@ -196,6 +197,7 @@ MIXCE_INLINE void merge_row(const RowParams& p, const ForwardParams& f, const Me
     const bool before = columns.number > 0 && columns.start < start_of_holder;
     first_of_largest &= !(largest > largest_of_holder || (largest == largest_of_holder && before));
   }
+  sums.expected_shifted = s - entropy;
   const auto terms =
       token_terms<Real, double>(scale * m, sums, mixture_at<Real>(p, f, row), vocab_size, p.options);
   Real state[kStateWidth];

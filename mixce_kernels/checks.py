@@ -108,13 +108,37 @@ def check_values(
         ValueError: an entry of eta is outside [0, 1] or NaN, or one of a parameter is out of range; or `torch.vmap`
             batches the tensors.
     """
-    if is_batched(targets) or (isinstance(eta, Tensor) and is_batched(eta)):
-        raise ValueError("expected validate=False under torch.vmap, got True")
+    _check_readable(targets, eta)
     check_targets_in_range(targets, ignore_index, vocab_size)
     if isinstance(eta, Tensor) and not ((eta >= -ETA_ROUNDING) & (eta <= 1 + ETA_ROUNDING)).all():
         raise ValueError("expected every entry of eta in [0, 1], got one outside")
     if is_built_in(weighting):
         weighting.check_values()
+
+
+def check_logprob_values(
+    targets: Tensor, temperature: Tensor | None, ignore_index: int, vocab_size: int | None
+) -> None:
+    """Reads targets, unless there is no `vocab_size`, and temperature (a host synchronisation on a GPU).
+
+    Raises:
+        IndexError: a target is neither in [0, vocab_size) nor ignore_index; names the first such row and its value.
+        ValueError: a token that is not ignored has a temperature that is not positive and finite; or `torch.vmap`
+            batches the tensors.
+    """
+    _check_readable(targets, temperature)
+    if vocab_size is not None:
+        check_targets_in_range(targets, ignore_index, vocab_size)
+    if temperature is None:
+        return
+    served = (targets == ignore_index) | ((temperature > 0) & temperature.isfinite())
+    if not served.all():
+        raise ValueError("expected every entry of temperature to be positive and finite, got one that is not")
+
+
+def _check_readable(*values: object) -> None:
+    if any(isinstance(value, Tensor) and is_batched(value) for value in values):
+        raise ValueError("expected validate=False under torch.vmap, got True")
 
 
 def is_batched(tensor: Tensor) -> bool:

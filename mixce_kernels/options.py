@@ -1,6 +1,7 @@
-"""The options of the losses in records, and their checks.
+"""The options of the public functions in records, and their checks.
 
-`LossOptions` travels from the public functions to the bodies of the losses, `TokenOptions` from there to the kernels.
+`LossOptions` and `LogprobOptions` travel from the public functions to their bodies, `TokenOptions` from there to the
+kernels.
 """
 
 from __future__ import annotations
@@ -119,8 +120,58 @@ class LossOptions(NamedTuple):
             raise ValueError(f"expected num_items_in_batch to be finite and not negative, got {divisor}")
 
 
+class LogprobOptions(NamedTuple):
+    """The options of log-probabilities as they were given: see `fused_token_logprobs`, whose keywords they are."""
+
+    temperature: float | Tensor = 1.0
+    ignore_index: int = -100
+    softcap: float | None = None
+    logit_scale: float = 1.0
+    return_entropy: bool = False
+    inplace_backward: bool = False
+    validate: bool = False
+    backend: str | None = None
+
+    def for_tokens(self) -> TokenOptions:
+        """The options of a token, checked, as exact Python numbers; a temperature that is a number is among them.
+
+        Raises:
+            TypeError: an option is not a number.
+            ValueError: an option is outside its range.
+        """
+        options = LossOptions(
+            ignore_index=self.ignore_index, softcap=self.softcap, logit_scale=self.logit_scale
+        ).for_tokens()  # fmt: skip
+        if isinstance(self.temperature, Tensor):
+            return options
+        temperature = option_number("temperature", self.temperature)
+        if not 0.0 < temperature < math.inf:
+            raise ValueError(f"expected temperature to be a positive finite number, got {temperature}")
+        if temperature == 1.0:
+            return options
+        # softcap * tanh(logit_scale * x / softcap) / temperature, as a softcap and a scale of their own.
+        softcap, logit_scale = options.softcap, options.logit_scale / temperature
+        if softcap is not None:
+            softcap /= temperature
+        if not all(0.0 < number < math.inf for number in (logit_scale, softcap or 1.0)):
+            raise ValueError(f"expected temperature that logits can be divided by, got {temperature}")
+        return options._replace(softcap=softcap, logit_scale=logit_scale)
+
+    def temperature_of_tokens(self, targets: Tensor) -> Tensor | None:
+        """A temperature that is a tensor, of targets' shape [...]; later writes to it do not change the result.
+
+        Raises:
+            TypeError: it is not floating.
+            ValueError: it requires grad, lies elsewhere or does not broadcast.
+        """
+        if not isinstance(self.temperature, Tensor):
+            return None
+        temperature = self.temperature.clone() if torch.is_grad_enabled() else self.temperature
+        return token_tensor("temperature", temperature, targets)
+
+
 class LinearOptions(NamedTuple):
-    """What the loss of hidden states is told besides: see `fused_linear_mixce_loss`."""
+    """What a function of hidden states is told besides: see `fused_linear_mixce_loss`."""
 
     max_chunk_bytes: int | None = None
     path: str = "chunks"

@@ -7,6 +7,8 @@ ACL 2023 (arXiv 2305.16958).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -98,27 +100,13 @@ def token_losses(
 
     A target that is neither in [0, V) nor ignore_index gives NaN in its row alone.
     """
-    vocab_size = logits.shape[-1]
-    valid = targets != options.ignore_index
-    known = (targets >= 0) & (targets < vocab_size)
-    index = torch.where(valid & known, targets, 0).long().unsqueeze(-1)
-
-    # An ignored row must not reach the graph: 0 * NaN would.
-    z = logits.masked_fill(~valid.unsqueeze(-1), 0.0).to(accumulate_dtype(logits.dtype))
-    if options.softcap is None:
-        # The difference comes before the scale: logits near 1e5 keep their digits.
-        m = z.detach().amax(-1, keepdim=True)
-        d = options.logit_scale * (z - m)
-        m = options.logit_scale * m
-    else:
-        z = options.softcap * torch.tanh(options.logit_scale * z / options.softcap)
-        m = z.detach().amax(-1, keepdim=True)
-        d = z - m
+    valid, known, index = places(targets, logits.shape[-1], options)
+    m, d = exponents(logits, valid, options)
     # From here on a token has a few numbers, in float64.
     e = d.exp()
     sum_exp = e.sum(-1).double()
     s = sum_exp.log()
-    lse = m.squeeze(-1) + s
+    lse = m + s
     nll = s - d.gather(-1, index).squeeze(-1)
     with torch.no_grad():
         entropy = s - torch.where(e == 0.0, 0.0, e * d).sum(-1) / sum_exp
@@ -132,6 +120,33 @@ def token_losses(
     loss = loss * torch.where(valid & ~known, torch.nan, 1.0)
     weight = torch.where(valid, weight, 0.0)
     return torch.where(valid, loss, 0.0).to(d.dtype), stats._replace(weight=weight.to(d.dtype))
+
+
+def exponents(
+    logits: Tensor,  # [..., V]
+    valid: Tensor,  # [...] bool
+    options: TokenOptions,
+    temperature: Tensor | None = None,  # [...]
+    largest: Callable[[Tensor], Tensor] = lambda z: z.detach().amax(-1),
+) -> tuple[Tensor, Tensor]:
+    """The largest z of each token [...], detached, and every z less it [..., V], in the type of arithmetic."""
+    # An ignored row must not reach the graph: 0 * NaN would.
+    z = logits.masked_fill(~valid.unsqueeze(-1), 0.0).to(accumulate_dtype(logits.dtype))
+    scale: float | Tensor = options.logit_scale
+    if options.softcap is not None:
+        z, scale = options.softcap * torch.tanh(options.logit_scale * z / options.softcap), 1.0
+    if temperature is not None:
+        scale = torch.where(valid, scale / temperature.to(z.dtype), 1.0)
+    # The difference comes before the scale: logits near 1e5 keep their digits.
+    m = largest(z)
+    return scale * m, (scale if isinstance(scale, float) else scale.unsqueeze(-1)) * (z - m.unsqueeze(-1))
+
+
+def places(targets: Tensor, vocab_size: int, options: TokenOptions) -> tuple[Tensor, Tensor, Tensor]:
+    """Which tokens are not ignored, which have a target in range, and where to read that: [...], [...], [..., 1]."""
+    valid = targets != options.ignore_index
+    known = (targets >= 0) & (targets < vocab_size)
+    return valid, known, torch.where(valid & known, targets, 0).long().unsqueeze(-1)
 
 
 def mixture(

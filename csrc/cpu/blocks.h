@@ -11,7 +11,7 @@
 namespace mixce {
 namespace {
 
-// How logits become exponents: fixed for a call.
+// How logits become exponents: fixed for a row.
 template <typename Real>
 struct Transform {
   Real scale;  // of differences
@@ -19,8 +19,8 @@ struct Transform {
 };
 
 template <typename Real>
-MIXCE_INLINE Transform<Real> transform_of(const TokenOptions& options) {
-  return {static_cast<Real>(scale_of_differences(options)), softcap_of<Real>(options)};
+MIXCE_INLINE Transform<Real> transform_of(const RowParams& p, int64_t row) {
+  return {static_cast<Real>(row_scale<Real>(p, row)), softcap_of<Real>(p.options)};
 }
 
 MIXCE_INLINE Capped<FloatVector> capped(FloatVector::Reg x, const Softcap<float>& softcap) {

@@ -43,26 +43,33 @@ MIXCE_INLINE void put_pair(T* out, typename V::Reg a, typename V::Reg b) {
 MIXCE_INLINE double canonical(double value) { return value == value ? value : NAN; }
 
 // A row's terms for pass 2 in the type of its arithmetic.
-template <typename Real>
+template <bool kEntropy, typename Real>
 MIXCE_INLINE GradTerms<Real> pass_2_terms(const RowParams& p, int64_t row, const Real (&state)[kStateWidth]) {
-  const auto terms = grad_terms<double>(state, upstream_at<Real>(p, row), p.options);
+  const auto terms = grad_terms_at<double, kEntropy>(p, row, state);
   return {static_cast<Real>(terms.m), static_cast<Real>(canonical(terms.k)),
-          static_cast<Real>(canonical(terms.c)), static_cast<Real>(canonical(terms.t))};
+          static_cast<Real>(canonical(terms.b)), static_cast<Real>(canonical(terms.c)),
+          static_cast<Real>(canonical(terms.t))};
 }
 
 // Pass 2 over one block from its logits; `x` and `grad` may be the same memory.
-template <typename V, typename T, bool kCap, bool kStream>
+template <typename V, typename T, bool kCap, bool kEntropy, bool kStream>
 MIXCE_BLOCK void grad_block(const T* x, T* grad, int64_t head, int64_t size,
                             const GradTerms<typename V::Real>& terms,
                             const Transform<typename V::Real>& transform, const Exponential<V>& exponential) {
   using Reg = typename V::Reg;
-  const Reg m = V::set(terms.m), k = V::set(terms.k), c = V::set(terms.c);
+  const Reg m = V::set(terms.m), k = V::set(terms.k), b = V::set(terms.b), c = V::set(terms.c);
+  const Reg lowest = V::set(kLowestDifference<typename V::Real>);
+  auto by_exponent = [&](Reg d) __attribute__((always_inline)) {
+    // The second operand survives a NaN.
+    if constexpr (kEntropy) return V::fms(exponential.of(d), V::fma(b, V::max(lowest, d), k), c);
+    return V::fms(exponential.of(d), k, c);
+  };
   auto grad_of = [&](Reg logits) __attribute__((always_inline)) {
     if constexpr (kCap) {
       const auto z = capped(logits, transform.softcap);
-      return V::mul(V::fms(exponential.of(V::sub(z.value, m)), k, c), z.slope);
+      return V::mul(by_exponent(V::sub(z.value, m)), z.slope);
     } else {
-      return V::fms(exponential.of(V::sub(logits, m)), k, c);
+      return by_exponent(V::sub(logits, m));
     }
   };
   walk_block<V>(
@@ -103,7 +110,7 @@ MIXCE_BLOCK void grad_block_from_kept(const typename V::Real* kept, T* grad, int
 
 // Pass 2: one write of the row, after a read of it or, with kKeep, of the exponentials of pass 1. A target
 // outside of [0, vocab_size) is in another shard of the vocabulary.
-template <typename V, typename T, bool kCap, bool kKeep>
+template <typename V, typename T, bool kCap, bool kEntropy, bool kKeep>
 MIXCE_INLINE void row_grad(const T* x, const typename V::Real* kept, T* grad, int64_t vocab_size,
                            int64_t target, const GradTerms<typename V::Real>& terms,
                            const Transform<typename V::Real>& transform, const Exponential<V>& exponential,
@@ -133,9 +140,11 @@ MIXCE_INLINE void row_grad(const T* x, const typename V::Real* kept, T* grad, in
         grad_block_from_kept<V, T, false>(kept + begin, grad + begin, head, size, k, terms.c);
       }
     } else if (streams) {
-      grad_block<V, T, kCap, true>(x + begin, grad + begin, head, size, terms, transform, exponential);
+      grad_block<V, T, kCap, kEntropy, true>(x + begin, grad + begin, head, size, terms, transform,
+                                             exponential);
     } else {
-      grad_block<V, T, kCap, false>(x + begin, grad + begin, head, size, terms, transform, exponential);
+      grad_block<V, T, kCap, kEntropy, false>(x + begin, grad + begin, head, size, terms, transform,
+                                              exponential);
     }
   });
   if (known) from_real(at_target, grad + target);

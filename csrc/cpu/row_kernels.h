@@ -24,8 +24,6 @@ void forward_rows(const RowParams& p, const ForwardParams& f, bool streaming_sto
                   int64_t begin, int64_t end) {
   using V = typename VectorFor<T>::Type;
   using Real = typename V::Real;
-  const Transform<Real> transform = transform_of<Real>(p.options);
-  const Exponential<V> exponential(transform.scale);
   Real* const kept = static_cast<Real*>(scratch);
 
   for (int64_t row = begin; row < end; ++row) {
@@ -38,6 +36,8 @@ void forward_rows(const RowParams& p, const ForwardParams& f, bool streaming_sto
     }
 
     // Pass 1.
+    const Transform<Real> transform = transform_of<Real>(p, row);
+    const Exponential<V> exponential(transform.scale);
     const auto stats = row_stats<V, T, kCap, kMoments, kKeep>(x, p.vocab_size, transform, exponential, kept);
 
     // Epilogue.
@@ -45,11 +45,12 @@ void forward_rows(const RowParams& p, const ForwardParams& f, bool streaming_sto
     const Real z_target = capped_scalar<V, T, kCap>(x_target, transform.softcap);
     const double s = log(stats.sums.sum_exp);
     const double sum_exp = stats.sums.sum_exp;
-    const RowSums sums = {s, transform.scale * (static_cast<double>(z_target) - stats.m),
-                          stats.sums.sum_shifted / p.vocab_size, s - stats.sums.sum_exp_shifted / sum_exp,
-                          stats.sums.sum_exp_squared / (sum_exp * sum_exp)};
-    const auto terms =
-        token_terms<Real, double>(stats.sums.m, sums, mixture_at<Real>(p, f, row), p.vocab_size, p.options);
+    const double scale = transform.scale;
+    const RowSums sums = {
+        s, scale * (static_cast<double>(z_target) - stats.m), scale * stats.sums.sum_shifted / p.vocab_size,
+        scale * stats.sums.sum_exp_shifted / sum_exp, stats.sums.sum_exp_squared / (sum_exp * sum_exp)};
+    const auto terms = token_terms<Real, double>(scale * stats.sums.m, sums, mixture_at<Real>(p, f, row),
+                                                 p.vocab_size, p.options);
     Real state[kStateWidth];
     fill_state(stats.m, s, terms, state);
     store_loss(p, f, row, terms.loss, state);
@@ -62,19 +63,18 @@ void forward_rows(const RowParams& p, const ForwardParams& f, bool streaming_sto
 
     // Pass 2.
     if (p.grad_logits != nullptr) {
-      row_grad<V, T, kCap, kKeep>(x, kept, grad_row<T>(p, row), p.vocab_size, target,
-                                  pass_2_terms(p, row, state), transform, exponential, streaming_stores);
+      row_grad<V, T, kCap, false, kKeep>(x, kept, grad_row<T>(p, row), p.vocab_size, target,
+                                         pass_2_terms<false>(p, row, state), transform, exponential,
+                                         streaming_stores);
     }
   }
 }
 
 // Rows [begin, end) of the gradient, from the state of the forward: pass 2 alone.
-template <typename T, bool kCap>
+template <typename T, bool kCap, bool kEntropy>
 void grad_rows(const RowParams& p, bool streaming_stores, int64_t begin, int64_t end) {
   using V = typename VectorFor<T>::Type;
   using Real = typename V::Real;
-  const Transform<Real> transform = transform_of<Real>(p.options);
-  const Exponential<V> exponential(transform.scale);
   for (int64_t row = begin; row < end; ++row) {
     T* const grad = grad_row<T>(p, row);
     const int64_t target = target_at(p, row);
@@ -84,8 +84,11 @@ void grad_rows(const RowParams& p, bool streaming_stores, int64_t begin, int64_t
     }
     Real state[kStateWidth];
     load_state(p, row, state);
-    row_grad<V, T, kCap, false>(logits_row<T>(p, row), nullptr, grad, p.vocab_size, target,
-                                pass_2_terms(p, row, state), transform, exponential, streaming_stores);
+    const Transform<Real> transform = transform_of<Real>(p, row);
+    const Exponential<V> exponential(transform.scale);
+    row_grad<V, T, kCap, kEntropy, false>(logits_row<T>(p, row), nullptr, grad, p.vocab_size, target,
+                                          pass_2_terms<kEntropy>(p, row, state), transform, exponential,
+                                          streaming_stores);
   }
 }
 
@@ -137,8 +140,11 @@ void forward_dispatch(const RowParams& p, const ForwardParams& f, bool streaming
 
 template <typename T>
 void grad_dispatch(const RowParams& p, bool streaming_stores, int64_t begin, int64_t end) {
-  has_softcap(p.options) ? grad_rows<T, true>(p, streaming_stores, begin, end)
-                         : grad_rows<T, false>(p, streaming_stores, begin, end);
+  const bool cap = has_softcap(p.options), entropy = p.grad_entropy != nullptr;
+  const auto rows = cap       ? entropy ? grad_rows<T, true, true> : grad_rows<T, true, false>
+                    : entropy ? grad_rows<T, false, true>
+                              : grad_rows<T, false, false>;
+  rows(p, streaming_stores, begin, end);
 }
 
 // Rows of this instruction set, by DType.

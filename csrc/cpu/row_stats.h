@@ -125,12 +125,11 @@ MIXCE_INLINE Terms<V> terms_of(typename V::Reg logits, typename V::Reg m,
 
 // Adds the first `lanes` lanes.
 template <typename V, bool kMoments>
-MIXCE_INLINE void add_lanes(const BlockSums<V>& sums, int64_t lanes, double scale,
-                            OnlineLogSumExp<double>& part) {
+MIXCE_INLINE void add_lanes(const BlockSums<V>& sums, int64_t lanes, OnlineLogSumExp<double>& part) {
   part.sum_exp += lane_sum<V>(sums.exp, lanes);
   if constexpr (kMoments) {
-    part.sum_shifted += scale * lane_sum<V>(sums.shifted, lanes);
-    part.sum_exp_shifted += scale * lane_sum<V>(sums.exp_shifted, lanes);
+    part.sum_shifted += lane_sum<V>(sums.shifted, lanes);
+    part.sum_exp_shifted += lane_sum<V>(sums.exp_shifted, lanes);
     part.sum_exp_squared += lane_sum<V>(sums.exp_squared, lanes);
   }
 }
@@ -144,7 +143,7 @@ MIXCE_BLOCK void add_end(const T* x, int64_t size, typename V::Real m,
     const int64_t n = size - i < V::kWidth ? size - i : V::kWidth;
     const auto one = terms_of<V, kCap>(load_edge<V>(x + i, n), V::set(m), transform, exponential);
     add_lanes<V, kMoments>({one.exp, one.shifted, V::mul(one.exp, one.finite), V::mul(one.exp, one.exp)}, n,
-                           transform.scale, part);
+                           part);
     if constexpr (kKeep) store_edge<V>(kept + i, one.exp, n);
   }
 }
@@ -181,8 +180,7 @@ MIXCE_BLOCK void add_block(const T* x, int64_t size, typename V::Real m,
     if constexpr (kKeep) V::store_pair(kept + i, first.exp, second.exp);
   }
   next_maximum = maximum;
-  add_lanes<V, kMoments>({exp_sum, shifted_sum, exp_shifted_sum, exp_squared_sum}, V::kWidth, transform.scale,
-                         part);
+  add_lanes<V, kMoments>({exp_sum, shifted_sum, exp_shifted_sum, exp_squared_sum}, V::kWidth, part);
   if (i < size) {
     add_end<V, T, kCap, kMoments, kKeep>(x + i, size - i, m, transform, exponential, kept + i, part);
   }
@@ -191,9 +189,9 @@ MIXCE_BLOCK void add_block(const T* x, int64_t size, typename V::Real m,
 
 template <typename Real>
 struct RowStats {
-  OnlineLogSumExp<double> sums;
-  Real m;            // largest (capped) logit, before scale_of_differences
-  Real raw_maximum;  // largest logit
+  OnlineLogSumExp<double> sums;  // in units of (capped) logits
+  Real m;                        // largest (capped) logit
+  Real raw_maximum;              // largest logit
 };
 
 // Pass 1: one read of the row, in an order that no address changes, so that the sums are the same on every
@@ -211,8 +209,8 @@ MIXCE_INLINE RowStats<typename V::Real> row_stats(const T* x, int64_t vocab_size
     if (maximum > stats.raw_maximum || begin == 0) {
       stats.raw_maximum = maximum;
       stats.m = capped_scalar<V, T, kCap>(maximum, transform.softcap);
-      raise_maximum(stats.sums, static_cast<double>(transform.scale) * stats.m,
-                    [](double d) { return exp(d); });
+      raise_maximum(stats.sums, static_cast<double>(stats.m),
+                    [&](double d) { return exp(transform.scale * d); });
     }
     if constexpr (kKeep) kept[vocab_size + begin / kBlock] = stats.m;
     // Before the first finite logit any finite reference will do.

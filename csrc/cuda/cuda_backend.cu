@@ -132,8 +132,10 @@ void cuda_logits_grad(const RowParams& params, const CudaLaunch& launch) {
   const LaunchConfig config = config_of(params, launch, 1, launch.shared_bytes);
   with_type(params.dtype, [&](auto tag) {
     with_bool(has_softcap(params.options), [&](auto cap) {
-      mixce::launch(logits_grad_kernel<typename decltype(tag)::Type, cap.value>, config, params,
-                    Launch{launch.parts, nullptr});
+      with_bool(params.grad_entropy != nullptr, [&](auto entropy) {
+        mixce::launch(logits_grad_kernel<typename decltype(tag)::Type, cap.value, entropy.value>, config,
+                      params, Launch{launch.parts, nullptr});
+      });
     });
   });
 }

@@ -24,25 +24,32 @@ __device__ __forceinline__ Target target_of(const RowParams& p, uint32_t row) {
   return {target == p.options.ignore_index, known, known ? static_cast<int>(target) : -1};
 }
 
+// `row_scale`, read by one lane of a warp where rows have temperatures.
+template <typename Real>
+__device__ __forceinline__ double scale_of_row(const RowParams& p, uint32_t row) {
+  if (p.temperature == nullptr) return scale_of_differences(p.options);
+  return loaded_once([&] { return row_scale<Real>(p, row); });
+}
+
 // A row's terms for pass 2 in the type of its arithmetic; the slope of the softcap at the target goes into t.
-template <bool kCap, typename Real>
+template <bool kCap, bool kEntropy, typename Real>
 __device__ __forceinline__ GradTerms<Real> pass_2_terms(const RowParams& p, uint32_t row,
                                                         const Real (&state)[kStateWidth], Real x_target) {
-  const auto terms = grad_terms<Real>(state, upstream_at<Real>(p, row), p.options);
+  const auto terms = grad_terms_at<Real, kEntropy>(p, row, state);
   Real t = static_cast<Real>(terms.t);
   if constexpr (kCap) t *= capped(x_target, softcap_of<Real>(p.options)).slope;
-  return {state[0], static_cast<Real>(terms.k), static_cast<Real>(terms.c), t};
+  return {state[0], static_cast<Real>(terms.k), static_cast<Real>(terms.b), static_cast<Real>(terms.c), t};
 }
 
 // The epilogue of a row: its loss, statistics and state from pass 1, by one thread. Returns the state.
-// `mixture` is the token's, from parameters that no other thread reads.
+// `mixture` is the token's, from parameters that no other thread reads; `scale` is that of `row_scale`.
 template <bool kCap, bool kMoments, typename Real>
 __device__ __forceinline__ void finish_row(const RowParams& p, const ForwardParams& f, const Mixture& mixture,
-                                           uint32_t row, const Partial<Real>& part, Real x_target, bool known,
-                                           bool write, Real (&state)[kStateWidth]) {
+                                           uint32_t row, double scale, const Partial<Real>& part,
+                                           Real x_target, bool known, bool write,
+                                           Real (&state)[kStateWidth]) {
   Real z_target = x_target;
   if constexpr (kCap) z_target = capped(x_target, softcap_of<Real>(p.options)).value;
-  const double scale = scale_of_differences(p.options);
   const double m = part.sums.m;
   // A target out of range makes NaN of all that follows.
   const double s = known ? static_cast<double>(log(part.sums.sum_exp)) : NAN;
@@ -50,7 +57,7 @@ __device__ __forceinline__ void finish_row(const RowParams& p, const ForwardPara
   RowSums sums = {s, scale * (z_target - m), mean_shifted, 0, 0};
   if constexpr (kMoments) {
     const double sum_exp = part.sums.sum_exp;
-    sums.entropy = s - scale * part.sums.sum_exp_shifted / sum_exp;
+    sums.expected_shifted = scale * part.sums.sum_exp_shifted / sum_exp;
     sums.collision = part.sums.sum_exp_squared / (sum_exp * sum_exp);
   }
   const auto terms = token_terms<Real, Real>(scale * m, sums, mixture, p.vocab_size, p.options);

@@ -5,8 +5,8 @@
 
 namespace mixce {
 
-// The gradient of logits none of which is the target.
-template <typename T, bool kCap>
+// The gradient of logits none of which is the target; kEntropy: with that of the entropy.
+template <typename T, bool kCap, bool kEntropy>
 struct Gradient {
   using F = Format<T>;
   using Real = typename F::Real;
@@ -15,10 +15,8 @@ struct Gradient {
   const Softcap<Real> softcap;
   const GradTerms<Real> terms;
 
-  __device__ __forceinline__ Gradient(const RowParams& params, const GradTerms<Real>& terms)
-      : exponential(scale_of_differences(params.options)),
-        softcap(softcap_of<Real>(params.options)),
-        terms(terms) {}
+  __device__ __forceinline__ Gradient(const RowParams& params, double scale, const GradTerms<Real>& terms)
+      : exponential(scale), softcap(softcap_of<Real>(params.options)), terms(terms) {}
 
   __device__ __forceinline__ uint4 operator()(uint4 logits) const {
     Real x[F::kWidth];
@@ -33,10 +31,15 @@ struct Gradient {
   __device__ __forceinline__ Real of(Real x) const {
     if constexpr (kCap) {
       const auto z = capped(x, softcap);
-      return z.slope * fma(exponential(z.value - terms.m), terms.k, -terms.c);
+      return z.slope * by_exponent(z.value - terms.m);
     } else {
-      return fma(exponential(x - terms.m), terms.k, -terms.c);
+      return by_exponent(x - terms.m);
     }
+  }
+  __device__ __forceinline__ Real by_exponent(Real d) const {
+    // The clamp keeps 0 * -inf out; the exponential still brings a NaN.
+    const Real k = kEntropy ? fma(terms.b, fmax(d, kLowestDifference<Real>), terms.k) : terms.k;
+    return fma(exponential(d), k, -terms.c);
   }
 };
 

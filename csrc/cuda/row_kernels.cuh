@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   const auto body = body_of<T>(logits, vocab_size);
   const Share share = share_of(body.count, part, launch.parts);
   // Without statistics no logit need be compared with the target's, and none reaches NaN.
-  Accumulator<T, kCap, kMoments> accumulator(p, f.stats == nullptr ? NAN : x_target, target.column);
+  const double scale = scale_of_row<Real>(p, row);
+  Accumulator<T, kCap, kMoments> accumulator(p, scale, f.stats == nullptr ? NAN : x_target, target.column);
   auto add = [&](const auto& vectors, int i) {
     accumulator.add(vectors, body.begin + i * Format<T>::kWidth);
   };
@@ -118,16 +119,17 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   }
   if (threadIdx.x == 0) {
     Real state[kStateWidth];
-    finish_row<kCap, kMoments>(p, f, mixture_at<Real>(p, forward_params, row), row, accumulator.part,
-                               x_target, target.known, part == 0, state);
-    if constexpr (kPass2 != Pass2::kNone) shared.terms = pass_2_terms<kCap>(p, row, state, x_target);
+    finish_row<kCap, kMoments>(p, f, mixture_at<Real>(p, forward_params, row), row,
+                               row_scale<Real>(row_params, row), accumulator.part, x_target, target.known,
+                               part == 0, state);
+    if constexpr (kPass2 != Pass2::kNone) shared.terms = pass_2_terms<kCap, false>(p, row, state, x_target);
   }
   if constexpr (kPass2 == Pass2::kNone) return;
 
   // Pass 2.
   __syncthreads();
   const GradTerms<Real> terms = shared.terms;
-  const Gradient<T, kCap> gradient(p, terms);
+  const Gradient<T, kCap, false> gradient(p, scale, terms);
   T* const grad = grad_row<T>(p, row);
   if constexpr (kPass2 == Pass2::kFromShared) {
     write_row_from_shared(grad, logits, held, body, share, gradient, target.column,
@@ -151,21 +153,21 @@ __global__ void __launch_bounds__(kWarpSize)
   if (target.ignored) return;
   const Partial<Real>* const partials =
       static_cast<const Partial<Real>*>(launch.partials) + static_cast<int64_t>(row) * launch.parts;
+  const double scale = scale_of_row<Real>(p, row);
   const auto whole = merge_parts<kMoments>(
-      launch.parts, [&](int i) -> const auto& { return partials[i]; },
-      Exponential<Real>(scale_of_differences(p.options)));
+      launch.parts, [&](int i) -> const auto& { return partials[i]; }, Exponential<Real>(scale));
   if (threadIdx.x > 0) return;
   const T* const logits = logits_row<T>(p, row);
   const Real x_target = target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
   Real state[kStateWidth];
-  finish_row<kCap, kMoments>(p, f, mixture_at<Real>(p, forward_params, row), row, whole, x_target,
+  finish_row<kCap, kMoments>(p, f, mixture_at<Real>(p, forward_params, row), row, scale, whole, x_target,
                              target.known, true, state);
 }
 
 // Pass 2 alone, from the state of the forward: reads and writes each logit once. Rows are taken in the
 // reverse of the forward's order: its last ones may still be in L2.
-template <typename T, bool kCap>
-__global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap>))
+template <typename T, bool kCap, bool kEntropy>
+__global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kEntropy>))
     logits_grad_kernel(const RowParams row_params, const Launch launch) {
   using Real = typename Format<T>::Real;
   const RowParams p = ptx::read_at_entry(row_params);
@@ -183,12 +185,13 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap>))
     // Only with a cap, and read before this block may write over it; what another block has written over is
     // of no use to this one.
     const Real x_target = kCap && target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
-    shared = pass_2_terms<kCap>(p, row, state, x_target);
+    shared = pass_2_terms<kCap, kEntropy>(p, row, state, x_target);
   }
   __syncthreads();
   const GradTerms<Real> terms = shared;
-  write_row(grad, logits, static_cast<int>(p.vocab_size), part, launch.parts, Gradient<T, kCap>(p, terms),
-            target.column, Format<T>::from_real(terms.t));
+  const Gradient<T, kCap, kEntropy> gradient(p, scale_of_row<Real>(p, row), terms);
+  write_row(grad, logits, static_cast<int>(p.vocab_size), part, launch.parts, gradient, target.column,
+            Format<T>::from_real(terms.t));
 }
 
 // Multiplies a row of the gradient by its factor in place; a factor of 1 leaves the row alone.

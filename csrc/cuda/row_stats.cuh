@@ -41,11 +41,8 @@ struct Accumulator {
   const int target;  // its column
   Partial<Real> part = empty_partial<Real>();
 
-  __device__ __forceinline__ Accumulator(const RowParams& params, Real x_target, int target)
-      : exponential(scale_of_differences(params.options)),
-        softcap(softcap_of<Real>(params.options)),
-        x_target(x_target),
-        target(target) {}
+  __device__ __forceinline__ Accumulator(const RowParams& params, double scale, Real x_target, int target)
+      : exponential(scale), softcap(softcap_of<Real>(params.options)), x_target(x_target), target(target) {}
 
   // Some vectors, the first of which begins at column `column`, the next ones kThreads vectors apart.
   template <int kVectors>

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from mixce_kernels.backends.results import Results
+from mixce_kernels.backends.results import EntropyGrad, Results
 from mixce_kernels.backends.shards import ShardKernels
 from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
@@ -37,6 +37,7 @@ class Backend(Protocol):
         results: Results,  # written
         token_scale: Tensor | None,  # float64 [] or [...], with grad_logits: the upstream gradient; None: 1
         grad_logits: Tensor | None,  # [..., V], written; may be the logits themselves
+        temperature: Tensor | None = None,  # [...] of any strides: logits are divided by it, after the softcap; None: 1
     ) -> None:
         """Losses, state and statistics of the tokens, with `grad_logits` their gradients, and `reduce` of the losses.
 
@@ -65,8 +66,13 @@ class Backend(Protocol):
         token_scale: Tensor | None,  # float64 [] or [...]; None: 1
         options: TokenOptions,
         grad_logits: Tensor,  # [..., V], written; may be the logits themselves
+        temperature: Tensor | None = None,  # that of the forward
+        entropy: EntropyGrad | None = None,
     ) -> None:
-        """The gradient of sum(grad_loss * token_scale * losses) by the logits, rounded once."""
+        """The gradient of sum(grad_loss * token_scale * losses) by the logits, rounded once.
+
+        With `entropy` that of sum(entropy.upstream * entropies) is added to it before.
+        """
 
     def scale_rows_(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.backends import cpu_shards, native
-from mixce_kernels.backends.results import Results
+from mixce_kernels.backends.results import EntropyGrad, Results
 from mixce_kernels.checks import raise_bad_target
 from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
@@ -45,6 +45,7 @@ def forward(
     results: Results,
     token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
+    temperature: Tensor | None = None,  # [...]
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     targets = targets.contiguous()
@@ -57,6 +58,7 @@ def forward(
         results=results,
         token_scale=token_scale,
         grad_logits=grad_logits,
+        temperature=temperature,
     )
     bad_row = _C.cpu_forward(call, _launch(logits, grad_logits))
     if bad_row >= 0:
@@ -92,6 +94,8 @@ def logits_grad(
     token_scale: Tensor | None,  # [] or [...]
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
+    temperature: Tensor | None = None,  # [...]
+    entropy: EntropyGrad | None = None,
 ) -> None:
     """The gradient from the state of the forward: see `Backend`."""
     rows, _kept = native.grad_params(
@@ -102,6 +106,8 @@ def logits_grad(
         token_scale=token_scale,
         options=options,
         grad_logits=grad_logits,
+        temperature=temperature,
+        entropy=entropy,
     )
     _C.cpu_logits_grad(rows, _launch(logits, grad_logits))
 

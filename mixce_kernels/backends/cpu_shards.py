@@ -42,9 +42,10 @@ def merge_messages(
     mixture: Mixture,
     options: TokenOptions,
     results: Results,
+    temperature: Tensor | None,
 ) -> int | None:
     """Loss, state and statistics of the whole rows, or the first that not just one rank holds: see `ShardKernels`."""
     targets = targets.contiguous()
-    params, _kept = native_shards.merge_params(messages, targets, mixture, options, results)
+    params, _kept = native_shards.merge_params(messages, targets, mixture, options, results, temperature)
     bad_row = _C.cpu_merge_messages(*params)
     return bad_row if bad_row >= 0 else None

@@ -18,7 +18,7 @@ from mixce_kernels.backends.cuda_launch import (
 )
 from mixce_kernels.backends.devices import device_index, on_device, unsuited_to_cuda
 from mixce_kernels.backends.layout import aligned_alike, reachable_layout
-from mixce_kernels.backends.results import Results
+from mixce_kernels.backends.results import EntropyGrad, Results
 from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.reduction import Reduction
@@ -59,6 +59,7 @@ def forward(
     results: Results,
     token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
+    temperature: Tensor | None = None,  # [...]
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     targets, results = targets.contiguous(), results.with_losses(targets)
@@ -83,6 +84,7 @@ def forward(
         results=results,
         token_scale=token_scale,
         grad_logits=None if launch.grad_apart else grad_logits,
+        temperature=temperature,
     )
     partials = None
     if launch.n_partials > 0:
@@ -93,7 +95,7 @@ def forward(
     if launch.grad_apart:
         assert grad_logits is not None
         assert results.state is not None
-        logits_grad(logits, targets, results.state, None, token_scale, options, grad_logits)
+        logits_grad(logits, targets, results.state, None, token_scale, options, grad_logits, temperature)
 
 
 def reduce(
@@ -126,6 +128,8 @@ def logits_grad(
     token_scale: Tensor | None,  # [] or [...]
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
+    temperature: Tensor | None = None,  # [...]
+    entropy: EntropyGrad | None = None,
 ) -> None:
     """The gradient from the state of the forward: see `Backend`."""
     rows, _kept = native.grad_params(
@@ -136,6 +140,8 @@ def logits_grad(
         token_scale=token_scale,
         options=options,
         grad_logits=grad_logits,
+        temperature=temperature,
+        entropy=entropy,
     )
     with on_device(logits):
         _C.cuda_logits_grad(rows, _split_launch(logits))

@@ -47,10 +47,11 @@ def merge_messages(
     mixture: Mixture,
     options: TokenOptions,
     results: Results,
+    temperature: Tensor | None,
 ) -> None:
     """Loss, state and statistics of the whole rows: see `ShardKernels`."""
     targets = targets.contiguous()
-    params, _kept = native_shards.merge_params(messages, targets, mixture, options, results)
+    params, _kept = native_shards.merge_params(messages, targets, mixture, options, results, temperature)
     with on_device(targets):
         _C.cuda_merge_messages(*params, _launch(targets))
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.backends.layout import RowLayout, entries, reachable_layout
-from mixce_kernels.backends.results import Results
+from mixce_kernels.backends.results import EntropyGrad, Results
 from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions, accumulate_dtype
 from mixce_kernels.reduction import Reduction
@@ -73,9 +73,10 @@ def forward_call(
     results: Results,
     token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
+    temperature: Tensor | None,  # [...]
 ) -> tuple[_C.ForwardCall, tuple[Tensor | None, ...]]:
     """The arguments of a forward, and tensors that they point to: keep these until it has been launched."""
-    loss, new_token_scale, state, stats, correct, losses = results
+    loss, new_token_scale, state, stats, correct, losses, entropy_state = results
     kind, weights, num_items, num_items_value = reduction
     eta, eta_value, weighting, parameters, first, second = mixture
     eta, eta_stride = (None, 0) if eta is None else entries(eta.to(loss.dtype))
@@ -116,7 +117,9 @@ def forward_call(
         stats=0 if stats is None else stats.data_ptr(),
         correct=0 if correct is None else correct.data_ptr(),
     )
-    return call, (eta, parameters, upstream, weights)
+    if temperature is not None or entropy_state is not None:
+        temperature = add_logprobs(call.rows, loss.dtype, temperature, None, entropy_state)
+    return call, (eta, parameters, upstream, weights, temperature)
 
 
 def grad_params(
@@ -128,19 +131,54 @@ def grad_params(
     token_scale: Tensor | None,  # [] or [...]
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
+    temperature: Tensor | None,  # [...]
+    entropy: EntropyGrad | None,
 ) -> tuple[_C.RowParams, tuple[Tensor | None, ...]]:
     """The rows of a gradient, and the tensors that they point to: keep these until it has been launched."""
     targets, state = targets.contiguous(), state.contiguous()
+    grad_loss = None if grad_loss is None else grad_loss.to(state.dtype)
+    if entropy is not None:
+        # The kernels walk both upstream gradients alike.
+        entropy = EntropyGrad(_of_tokens(entropy.upstream.to(state.dtype), targets), entropy.state.contiguous())
+        grad_loss = targets.new_ones((), dtype=state.dtype) if grad_loss is None else grad_loss
+        grad_loss = _of_tokens(grad_loss, targets)
     rows, grad_loss = row_params(
         logits=logits,
         targets=targets,
         state=state,
         options=options,
-        grad_loss=None if grad_loss is None else grad_loss.to(state.dtype),
+        grad_loss=grad_loss,
         token_scale=token_scale,
         grad_logits=grad_logits,
     )
-    return rows, (targets, state, grad_loss)
+    if temperature is not None or entropy is not None:
+        upstream, entropy_state = (None, None) if entropy is None else entropy
+        temperature = add_logprobs(rows, state.dtype, temperature, upstream, entropy_state)
+    return rows, (targets, state, grad_loss, temperature, entropy)
+
+
+def _of_tokens(numbers: Tensor, targets: Tensor) -> Tensor:
+    """Numbers [] or [...] as one for each of the tokens `targets` [...], contiguous."""
+    return numbers.expand(targets.shape).contiguous()
+
+
+def add_logprobs(
+    rows: _C.RowParams,
+    dtype: torch.dtype,  # of arithmetic
+    temperature: Tensor | None,  # [] or [...]
+    grad_entropy: Tensor | None,  # [...], contiguous
+    entropy_state: Tensor | None,  # [ENTROPY_STATE_WIDTH, ...], contiguous
+) -> Tensor | None:
+    """Adds to rows what log-probabilities need; returns the tensor of temperatures that they point to."""
+    temperature, stride = (None, 0) if temperature is None else entries(temperature.to(dtype))
+    _C.add_logprobs(
+        rows,
+        temperature=0 if temperature is None else temperature.data_ptr(),
+        temperature_stride=stride,
+        grad_entropy=0 if grad_entropy is None else grad_entropy.data_ptr(),
+        entropy_state=0 if entropy_state is None else entropy_state.data_ptr(),
+    )
+    return temperature
 
 
 def scale_params(

@@ -60,18 +60,22 @@ def merge_params(
     mixture: Mixture,
     options: TokenOptions,
     results: Results,
+    temperature: Tensor | None,  # [...]
 ) -> tuple[tuple[_C.RowParams, _C.ForwardParams, _C.Messages], tuple[Tensor | None, ...]]:
     """The arguments of `merge_messages`, and the tensors that they point to: keep these until it has been launched."""
     eta, parameters = mixture.tensors()
     eta, eta_stride = (None, 0) if eta is None else entries(eta.to(results.loss.dtype))
     mixture = mixture.with_tensors(eta, None if parameters is None else parameters.contiguous())
     ranks, length = messages.shape
+    tokens = _tokens(targets, results.state, messages.dtype, options)
+    if temperature is not None or results.entropy_state is not None:
+        temperature = native.add_logprobs(tokens, messages.dtype, temperature, None, results.entropy_state)
     params = (
-        _tokens(targets, results.state, messages.dtype, options),
+        tokens,
         _results(results, mixture, eta_stride),
         _C.messages(messages=messages.data_ptr(), ranks=ranks, length=length),
     )
-    return params, mixture.tensors()
+    return params, (*mixture.tensors(), temperature)
 
 
 def _tokens(targets: Tensor, state: Tensor | None, dtype: torch.dtype, options: TokenOptions) -> _C.RowParams:

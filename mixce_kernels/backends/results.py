@@ -10,9 +10,11 @@ from torch import Tensor
 from mixce_kernels.options import accumulate_dtype
 from mixce_kernels.reduction import Reduction
 
-# Numbers of a token: m, s, a, c, t, from which its gradient is made, and nll, q, weight, lse, entropy, collision.
+# Numbers of a token: m, s, a, c, t, from which its gradient is made, and nll, q, weight, lse, entropy, collision. For
+# the entropy's gradient two more: u, the mean of z - m over the model's distribution, and q * (z_y - m - u).
 STATE_WIDTH = 5
 STATS_WIDTH = 6
+ENTROPY_STATE_WIDTH = 2
 
 
 class Results(NamedTuple):
@@ -24,18 +26,32 @@ class Results(NamedTuple):
     stats: Tensor | None  # [STATS_WIDTH, ...]
     correct: Tensor | None  # [...] bool, with statistics
     losses: Tensor | None  # [...], the tokens' own, which may be the loss; None: the backend's affair
+    entropy_state: Tensor | None = None  # [ENTROPY_STATE_WIDTH, ...], for a gradient of the entropy; with statistics
 
     def with_losses(self, targets: Tensor) -> Results:
         """With memory for the losses of tokens `targets` [...]."""
         return self if self.losses is not None else self._replace(losses=self.loss.new_empty(targets.shape))
 
     def returned(self) -> tuple[Tensor | None, ...]:
-        """What an operator returns: all but the tokens' losses."""
-        return self[:-1]
+        """What an operator of a loss returns."""
+        return self.loss, self.token_scale, self.state, self.stats, self.correct
+
+
+class EntropyGrad(NamedTuple):
+    """What a gradient of the tokens' entropies is made from."""
+
+    upstream: Tensor  # [], or [...] of any strides
+    state: Tensor  # [ENTROPY_STATE_WIDTH, ...]
 
 
 def empty_results(
-    logits: Tensor, targets: Tensor, reduction: Reduction, *, with_state: bool, with_stats: bool
+    logits: Tensor,
+    targets: Tensor,
+    reduction: Reduction,
+    *,
+    with_state: bool,
+    with_stats: bool,
+    with_entropy_state: bool = False,
 ) -> Results:
     """Memory for the results of tokens `targets` [...], in the type of arithmetic of logits."""
     shape, dtype = targets.shape, accumulate_dtype(logits.dtype)
@@ -47,6 +63,7 @@ def empty_results(
         logits.new_empty((STATS_WIDTH, *shape), dtype=dtype) if with_stats else None,
         logits.new_empty(shape, dtype=torch.bool) if with_stats else None,
         loss if reduction.is_identity else None,
+        logits.new_empty((ENTROPY_STATE_WIDTH, *shape), dtype=dtype) if with_entropy_state else None,
     )
 
 

@@ -65,6 +65,7 @@ class ShardKernels(Protocol):
         mixture: Mixture,  # eta of any float type, any strides
         options: TokenOptions,
         results: Results,  # written
+        temperature: Tensor | None,  # [...] of any strides; None: 1
     ) -> int | None:
         """Loss, state and statistics of the whole rows, NaN where not just one rank holds the target.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from mixce_kernels.backends import triton_shards
 from mixce_kernels.backends.devices import multiprocessors, on_device, triton_arch, unsuited_to_triton
 from mixce_kernels.backends.layout import RowLayout, aligned_alike, entries, reachable_layout
-from mixce_kernels.backends.results import Results
+from mixce_kernels.backends.results import EntropyGrad, Results
 from mixce_kernels.backends.triton_arguments import (
     forward_launch,
     logits_grad_launch,
@@ -41,6 +41,7 @@ def forward(
     results: Results,
     token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
+    temperature: Tensor | None = None,  # [...]
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     rows, results = reachable_layout(logits), results.with_losses(targets)
@@ -91,7 +92,7 @@ def _forward_rows(
         )
     if launch.grad_apart:
         assert results.state is not None
-        logits_grad(logits, targets, results.state, None, token_scale, options, grad_logits)
+        logits_grad(logits, targets, results.state, None, token_scale, options, grad_logits, temperature)
 
 
 def reduce(
@@ -128,6 +129,8 @@ def logits_grad(
     token_scale: Tensor | None,  # [] or [...]
     options: TokenOptions,
     grad_logits: Tensor,  # [..., V]
+    temperature: Tensor | None = None,  # [...]
+    entropy: EntropyGrad | None = None,
 ) -> None:
     """The gradient from the state of the forward: see `Backend`."""
     rows = reachable_layout(logits)

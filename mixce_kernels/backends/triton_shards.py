@@ -72,6 +72,7 @@ def merge_messages(
     mixture: Mixture,
     options: TokenOptions,
     results: Results,
+    temperature: Tensor | None,
 ) -> None:
     """Loss, state and statistics of the whole rows: see `ShardKernels`."""
     if targets.numel() == 0:

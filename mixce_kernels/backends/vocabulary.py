@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels.backends.base import Backend
+from mixce_kernels.logprobs_reference import token_logprobs
 from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.reference import token_losses
@@ -27,6 +28,7 @@ class CallFacts(NamedTuple):
     return_stats: bool
     hidden_size: int = 0  # 0: the call has logits
     max_chunk_bytes: int | None = None
+    temperature: Tensor | None = None  # one that is a number is among the options
 
 
 class Vocabulary:
@@ -44,6 +46,16 @@ class Vocabulary:
     ) -> tuple[Tensor, MixCEStats]:
         """Each token's loss [...] by the plain formula, for second derivatives; see `reference.token_losses`."""
         return token_losses(logits, targets, mixture.eta_of_tokens(), mixture.function(), options)
+
+    def token_logprobs(
+        self,
+        logits: Tensor,  # [..., V]
+        targets: Tensor,  # [...]
+        temperature: Tensor | None,  # [...]
+        options: TokenOptions,
+    ) -> tuple[Tensor, Tensor]:
+        """Each token's log-probability and the entropy [...], likewise; see `logprobs_reference.token_logprobs`."""
+        return token_logprobs(logits, targets, temperature, options)
 
     def sizes(self, facts: CallFacts, weight: Tensor, *, again: bool = False) -> tuple[int, int]:
         """The number of columns of the vocabulary, and of those that chunks of logits are sized for.

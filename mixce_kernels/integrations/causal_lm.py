@@ -226,6 +226,11 @@ def _named(module: nn.Module) -> set[str]:
     return {one.name for one in parameters if one.kind != inspect.Parameter.VAR_KEYWORD}
 
 
+def base_of(model: Any) -> Any:
+    """The causal language model inside of a `PeftModel`, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def without_cache(module: nn.Module) -> dict[str, bool]:
     """The keyword that keeps a module from caching keys and values for a generation, where it takes that keyword."""
     return {"use_cache": False} if "use_cache" in _named(module) else {}

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from mixce_kernels.integrations.causal_lm import base_of
 from mixce_kernels.integrations.metrics import TokenMetrics
 from mixce_kernels.integrations.transformers import transformers, with_linear_mixce_loss
 from mixce_kernels.integrations.versions import require
@@ -123,7 +124,7 @@ class _LinearLossTrainer(Trainer):  # type: ignore[misc]  # Transformers' types 
 
     def __init__(self, model: Any, args: MixCESFTConfig, **kwargs: Any) -> None:
         """Takes what `Trainer` takes; raises as `with_linear_mixce_loss` does."""
-        base = _base_of(model)
+        base = base_of(model)
         linear = with_linear_mixce_loss(
             base,
             args.eta,
@@ -212,7 +213,7 @@ class MixCESFTTrainer(SFTTrainer, _LinearLossTrainer):  # type: ignore[misc]  # 
                 "or output_router_logits=False in the model's configuration"
             )
         # Newer releases of TRL patch the instance for a loss of their own.
-        vars(_base_of(self.model)).pop("forward", None)
+        vars(base_of(self.model)).pop("forward", None)
 
     def compute_loss(
         self,
@@ -295,8 +296,3 @@ class _BatchMetrics(TokenMetrics):
         nll, _, _, entropy, correct, tokens = self._sums
         self._sums = None
         return torch.stack([entropy, correct, nll, tokens])
-
-
-def _base_of(model: Any) -> Any:
-    """The causal language model inside of a `PeftModel`, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from mixce_kernels.reference import linear_logits
 
 Grads = dict[str, Tensor | None]
 # Nothing else is differentiated.
-_NAMES = ("hidden", "weight", "bias")
+NAMES = ("hidden", "weight", "bias")
 
 
 def _forward_context(ctx: Any, args: LinearForward, output: tuple[Tensor | None, ...]) -> None:
@@ -61,7 +62,7 @@ def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> G
     # Before they are scaled, so that nothing scales them twice.
     ctx.spent = in_place
     found: Grads = {}
-    for name, grad, needed in zip(_NAMES, grads, _wanted(ctx), strict=True):
+    for name, grad, needed in zip(NAMES, grads, wanted_grads(ctx), strict=True):
         if not needed:
             continue
         of_rows = name == "hidden"
@@ -73,9 +74,9 @@ def _with_grad_backward(ctx: Any, grad_loss: Tensor | None, *_unused: None) -> G
     return found
 
 
-def _wanted(ctx: Any) -> list[bool]:
+def wanted_grads(ctx: Any) -> list[bool]:
     """Which of the gradients by hidden states, weight and bias are needed: they come first among the arguments."""
-    return list(ctx.needs_input_grad[: len(_NAMES)])
+    return list(ctx.needs_input_grad[: len(NAMES)])
 
 
 def _scaled(grad: Tensor, scale: Tensor) -> Tensor:
@@ -97,38 +98,50 @@ def _scaled_in_place(grad: Tensor, factor: Tensor, call: LinearCall, of_rows: bo
 
 def _computed_grads(ctx: Any, call: LinearCall, state: Tensor, grad_loss: Tensor, token_scale: Tensor | None) -> Grads:
     """The gradients of sum(grad_loss * token_scale * losses), computed anew."""
-    wanted = _wanted(ctx)
+    wanted = wanted_grads(ctx)
     if torch.is_grad_enabled():
         upstream = grad_loss if token_scale is None else grad_loss * token_scale
-        return _differentiable_grads(call, upstream, wanted)
+        vocabulary = backends.vocabulary(call.backend)
+
+        def results_of(logits: Tensor) -> list[tuple[Tensor, Tensor]]:
+            losses, _ = vocabulary.token_losses(logits, call.targets, call.mixture, call.options)
+            return [(losses, upstream)]
+
+        return differentiable_grads(call, results_of, wanted)
     args = LinearGrad(call, state, grad_loss, token_scale, wanted)
     grads = ops.LINEAR_GRAD.dispatched(*ops.LINEAR_GRAD.fields.flat(args))
     return {
-        name: grad.to(getattr(call, name).dtype) for name, grad, want in zip(_NAMES, grads, wanted, strict=True) if want
+        name: grad.to(getattr(call, name).dtype) for name, grad, want in zip(NAMES, grads, wanted, strict=True) if want
     }
 
 
-def _differentiable_grads(call: LinearCall, upstream: Tensor, wanted: list[bool]) -> Grads:
-    """The gradients with a graph of their own, by PyTorch through the plain formula on all logits at once."""
+def differentiable_grads(
+    call: LinearCall, results_of: Callable[[Tensor], list[tuple[Tensor, Tensor]]], wanted: list[bool]
+) -> Grads:
+    """The gradients with a graph of their own, by PyTorch through the plain formula on all logits at once.
+
+    `results_of` gives of the logits what is differentiated and, of each, the upstream gradient.
+    """
     vocabulary = backends.vocabulary(call.backend)
     with without_autocast(call.hidden):
         # Views of their own: autograd.grad below must stop here.
         leaves = {
             name: getattr(call, name).view_as(getattr(call, name))
-            for name, want in zip(_NAMES, wanted, strict=True)
+            for name, want in zip(NAMES, wanted, strict=True)
             if want
         }
         one = call._replace(**leaves)
         hidden = vocabulary.shared(one.hidden, call.dtype)
         valid = call.targets != call.options.ignore_index
-        logits = linear_logits(hidden, one.weight, one.bias, valid, call.compute_dtype)
-        losses, _ = vocabulary.token_losses(logits, call.targets, call.mixture, call.options)
-        upstream = upstream.to(losses.dtype).expand(losses.shape)
-        found = torch.autograd.grad(losses, list(leaves.values()), upstream, create_graph=True)
+        results, upstream = zip(
+            *results_of(linear_logits(hidden, one.weight, one.bias, valid, call.compute_dtype)), strict=True
+        )
+        upstream = [grad.to(result.dtype).expand(result.shape) for result, grad in zip(results, upstream, strict=True)]
+        found = torch.autograd.grad(results, list(leaves.values()), upstream, create_graph=True)
         return dict(zip(leaves, found, strict=True))
 
 
-def _looped(operator: Differentiable[Any], size: int, dims: dict[str, int | None], args: Any) -> Any:
+def looped(operator: Differentiable[Any], size: int, dims: dict[str, int | None], args: Any) -> Any:
     """`torch.vmap` of an operator that sums over tokens: a call for each entry."""
     names, values = operator.fields.names, operator.fields.flat(args)
     results = []
@@ -141,7 +154,5 @@ def _looped(operator: Differentiable[Any], size: int, dims: dict[str, int | None
     return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
 
 
-linear_forward = Differentiable(ops.LINEAR_FORWARD, _forward_context, _forward_backward, _looped)
-linear_forward_with_grad = Differentiable(
-    ops.LINEAR_FORWARD_WITH_GRAD, _with_grad_context, _with_grad_backward, _looped
-)
+linear_forward = Differentiable(ops.LINEAR_FORWARD, _forward_context, _forward_backward, looped)
+linear_forward_with_grad = Differentiable(ops.LINEAR_FORWARD_WITH_GRAD, _with_grad_context, _with_grad_backward, looped)

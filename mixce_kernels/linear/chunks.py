@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixce_kernels import backends
-from mixce_kernels.backends.results import Results, empty_results
+from mixce_kernels.backends.results import EntropyGrad, Results, empty_results
 from mixce_kernels.linear.matmul import Products, padded_empty, products
 from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions, accumulate_dtype
@@ -32,8 +32,11 @@ class Grads(NamedTuple):
     bias: Tensor | None
 
 
+NO_GRADS = Grads(None, None, None)
+
+
 class LinearCall(NamedTuple):
-    """What the operators of the linear loss share: tensors, options, and how it is computed."""
+    """What the operators on hidden states share: tensors, options, and how it is computed."""
 
     hidden: Tensor  # [N, D]
     weight: Tensor  # [V, D]
@@ -86,6 +89,7 @@ def forward(
     results: Results,  # of N tokens: losses, state and statistics are written
     token_scale: Tensor | None,  # float64 [] or [N], with grads; None: 1
     grads: Grads,  # written, of sum(token_scale * losses)
+    temperature: Tensor | None = None,  # [N]
 ) -> None:
     """Losses, state and statistics of the tokens, and the gradients of their weighted sum that are wanted.
 
@@ -94,7 +98,7 @@ def forward(
     kernels = backends.vocabulary(call.backend).kernels
     wants_grads = any(one is not None for one in grads)
     chunks = _Chunks(call, columns, token_scale, grads)
-    of_tokens = [one for one in (results.losses, results.state, results.stats, results.correct) if one is not None]
+    of_tokens = _of_tokens(results)
     if chunks.kept is not None:
         for one in of_tokens:
             one.zero_()
@@ -105,14 +109,14 @@ def forward(
             NO_REDUCTION,
             with_state=results.state is not None,
             with_stats=results.stats is not None,
+            with_entropy_state=results.entropy_state is not None,
         )
         grad_logits = chunk.logits if wants_grads else None
         kernels.forward(
             chunk.logits, chunk.targets, call.mixture.of_rows(chunk.rows), call.options, NO_REDUCTION, part,
-            chunk.scale, grad_logits,
+            chunk.scale, grad_logits, chunk.of_each(temperature),
         )  # fmt: skip
-        of_chunk = [one for one in (part.losses, part.state, part.stats, part.correct) if one is not None]
-        for one, its_part in zip(of_tokens, of_chunk, strict=True):
+        for one, its_part in zip(of_tokens, _of_tokens(part), strict=True):
             one[..., chunk.rows] = its_part
         if grad_logits is not None:
             chunks.add_grads(chunk)
@@ -125,15 +129,29 @@ def grad(
     state: Tensor,  # [STATE_WIDTH, N]
     upstream: Tensor,  # [N]
     grads: Grads,  # written
+    temperature: Tensor | None = None,  # [N]
+    entropy: EntropyGrad | None = None,  # of [N]
 ) -> None:
-    """The gradients of sum(upstream * losses), from the state of the forward; the logits are computed once more."""
+    """The gradients of sum(upstream * losses), from the state of the forward; the logits are computed once more.
+
+    With `entropy` those of sum(entropy.upstream * entropies) are among them.
+    """
     kernels = backends.vocabulary(call.backend).kernels
-    chunks = _Chunks(call, columns, upstream, grads)
+    chunks = _Chunks(call, columns, upstream, grads, entropy)
     for chunk in chunks:
         chunk_state = chunk.of(state).contiguous()
-        kernels.logits_grad(chunk.logits, chunk.targets, chunk_state, None, chunk.scale, call.options, chunk.logits)
+        kernels.logits_grad(
+            chunk.logits, chunk.targets, chunk_state, None, chunk.scale, call.options, chunk.logits,
+            chunk.of_each(temperature), chunk.entropy,
+        )  # fmt: skip
         chunks.add_grads(chunk)
     chunks.finish_grads()
+
+
+def _of_tokens(results: Results) -> list[Tensor]:
+    """The results that have an entry a token."""
+    found = (results.losses, results.state, results.stats, results.correct, results.entropy_state)
+    return [one for one in found if one is not None]
 
 
 class _Chunk(NamedTuple):
@@ -144,16 +162,28 @@ class _Chunk(NamedTuple):
     targets: Tensor  # [R]
     scale: Tensor | None  # [R] float64, the upstream gradient; None: 1
     logits: Tensor  # [R, V]
+    entropy: EntropyGrad | None
 
     def of(self, per_token: Tensor) -> Tensor:
         """The chunk's part of a tensor [..., N]."""
         return per_token[..., self.rows]
 
+    def of_each(self, per_token: Tensor | None) -> Tensor | None:
+        """The same of one that may be missing."""
+        return None if per_token is None else self.of(per_token)
+
 
 class _Chunks:
     """The chunks of a call, each with its logits; their gradients, once they are made, are added up here."""
 
-    def __init__(self, call: LinearCall, columns: int, scale: Tensor | None, grads: Grads) -> None:
+    def __init__(
+        self,
+        call: LinearCall,
+        columns: int,
+        scale: Tensor | None,  # [] or [N], the upstream gradient of the losses; None: 1
+        grads: Grads,
+        entropy: EntropyGrad | None = None,
+    ) -> None:
         self.call = call
         self.columns = max(columns, 1)
         self.scale = None if scale is None else scale.expand(call.targets.shape)
@@ -169,11 +199,16 @@ class _Chunks:
             kept = self.valid.nonzero().squeeze(-1)
             self.kept = kept if len(kept) < len(call.targets) else None
         self.unit: Tensor | None = None
+        self.entropy = entropy
         if self.scale is not None and self.scale.numel() > 0 and self.products.wants_units:
-            # Of what is finite: other rows must not meet an infinity.
-            largest = torch.where(self.valid & self.scale.isfinite(), self.scale.abs(), 0.0).amax()
+            largest = self._largest(self.scale)
+            if entropy is not None:
+                largest = torch.maximum(largest, self._largest(entropy.upstream).to(largest.dtype))
             self.unit = torch.where(largest == 0, 1.0, largest)
             self.scale = self.scale / self.unit
+            if entropy is not None:
+                upstream = (entropy.upstream / self.unit).to(entropy.upstream.dtype)
+                self.entropy = entropy._replace(upstream=upstream)
         self.count = 0
 
     def __iter__(self) -> Iterator[_Chunk]:
@@ -192,7 +227,18 @@ class _Chunks:
                 hidden = torch.where(self.valid[rows].unsqueeze(-1), hidden, 0.0)
             logits = buffer[: len(hidden)]
             self.products.logits(hidden, logits)
-            yield _Chunk(rows, hidden, call.targets[rows], None if self.scale is None else self.scale[rows], logits)
+            scale = None if self.scale is None else self.scale[rows]
+            yield _Chunk(rows, hidden, call.targets[rows], scale, logits, self._entropy_of(rows))
+
+    def _largest(self, upstream: Tensor) -> Tensor:
+        """The largest magnitude of what is finite: other rows must not meet an infinity."""
+        return torch.where(self.valid & upstream.isfinite(), upstream.abs(), 0.0).amax()
+
+    def _entropy_of(self, rows: slice | Tensor) -> EntropyGrad | None:
+        if self.entropy is None:
+            return None
+        upstream, state = self.entropy
+        return EntropyGrad(upstream.expand(self.call.targets.shape)[rows], state[:, rows])
 
     def add_grads(self, chunk: _Chunk) -> None:
         """Adds those of a chunk whose logits have become their gradient."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from mixce_kernels.logits.overwriting import Overwrite
 from mixce_kernels.operators import Differentiable, given, is_plain, without_none
 
 Grads = dict[str, Tensor | None]
+_MAY_BE_ONE_NUMBER = frozenset(("grad_loss", "token_scale", "grad_logprobs", "grad_entropy"))
 
 
 def _forward_context(ctx: Any, args: Forward, output: tuple[Tensor | None, ...]) -> None:
@@ -146,21 +148,24 @@ def forward_with_grad_inplace(args: ForwardWithGrad) -> Any:
     return _ForwardWithGradInplace.apply(args.logits, args)
 
 
-def _folded(operator: Differentiable[Any], size: int, dims: dict[str, int | None], args: Any) -> Any:
+def folded(
+    operator: Differentiable[Any], size: int, dims: dict[str, int | None], args: Any, *, out_dims: tuple[int, ...]
+) -> Any:
     """`torch.vmap` of an operator over tokens, whose leading dimensions are any: one call, with one dimension more.
 
-    The body of the loss reduces nothing in an operator that `torch.func` transforms.
+    `out_dims` are where that is in the results, of which those that were not asked for are [0]. The body of the loss
+    reduces nothing in an operator that `torch.func` transforms.
     """
     fields = operator.fields
     values = dict(zip(fields.names, fields.flat(args), strict=True))
     tensors = {
         # The dimensions of tokens come after those of the state and the parameters.
-        name: _with_dim(value, dims[name], size, at=int(name in ("state", "parameters")))
+        name: _with_dim(value, dims[name], size, at=int(name in ("state", "entropy_state", "parameters")))
         for name, value in values.items()
         if isinstance(value, Tensor)
     }
     shape = tensors["targets"].shape
-    for name in tensors.keys() & {"grad_loss", "token_scale"}:
+    for name in tensors.keys() & _MAY_BE_ONE_NUMBER:
         # One number for all tokens of an entry of the batch becomes one for each.
         tensors[name] = tensors[name].reshape(tensors[name].shape + (1,) * (len(shape) - tensors[name].dim()))
         tensors[name] = tensors[name].expand(shape)
@@ -169,8 +174,6 @@ def _folded(operator: Differentiable[Any], size: int, dims: dict[str, int | None
     result = operator(fields.of(tuple((values | tensors).values())))
     if isinstance(result, Tensor):
         return result, 0
-    # Loss, token_scale, state, statistics, correct; those that were not asked for are [0].
-    out_dims = (0, 0, 1, 1, 0)
     result = without_none(result)
     return result, tuple(None if one.shape == (0,) else dim for one, dim in zip(result, out_dims, strict=True))
 
@@ -182,6 +185,8 @@ def _with_dim(tensor: Tensor, dim: int | None, size: int, at: int) -> Tensor:
     return tensor.unsqueeze(at).expand(*tensor.shape[:at], size, *tensor.shape[at:])
 
 
+# The loss, token_scale, state, statistics, and `correct`.
+_folded = functools.partial(folded, out_dims=(0, 0, 1, 1, 0))
 forward = Differentiable(ops.FORWARD, _forward_context, _forward_backward, _folded)
 logits_grad = Differentiable(ops.LOGITS_GRAD, _logits_grad_context, _logits_grad_backward, _folded)
 forward_with_grad = Differentiable(ops.FORWARD_WITH_GRAD, _with_grad_context, _with_grad_backward, _folded)

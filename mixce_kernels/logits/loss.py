@@ -51,15 +51,12 @@ def fused_loss(
 ) -> Tensor | tuple[Tensor, MixCEStats]:
     """The loss by a backend's kernels, of arguments that were checked before."""
     reduction = Reduction.of(options, targets)
-    if not torch.compiler.is_compiling():
-        logits = materialized(logits)
-    if not logits.is_contiguous() and logits.shape[-1] > 0 and layout_of(logits) is None:
-        logits = logits.contiguous()
+    logits = readable(logits)
     # What a transformation batches are tokens' losses: PyTorch reduces them.
     functional = torch._C._are_functorch_transforms_active()
     in_kernels = NO_REDUCTION if functional else reduction
     wants_grad = logits.requires_grad and torch.is_grad_enabled()
-    inplace = options.inplace_backward and wants_grad and _may_overwrite(logits, targets, eta)
+    inplace = options.inplace_backward and wants_grad and may_overwrite(logits, targets, eta)
     if not is_built_in(weighting):
         found = _statistics(logits, targets, token_options, backend)
         weighting = Given(factor_of(weighting, found, validate=options.validate))
@@ -96,10 +93,19 @@ def _statistics(logits: Tensor, targets: Tensor, token_options: TokenOptions, ba
     return MixCEStats.of(stats, correct)
 
 
-def _may_overwrite(logits: Tensor, targets: Tensor, eta: float | Tensor) -> bool:
+def readable(logits: Tensor) -> Tensor:
+    """The logits as the kernels can read them: what their memory holds, in rows that two strides reach."""
+    if not torch.compiler.is_compiling():
+        logits = materialized(logits)
+    if not logits.is_contiguous() and logits.shape[-1] > 0 and layout_of(logits) is None:
+        logits = logits.contiguous()
+    return logits
+
+
+def may_overwrite(logits: Tensor, *others: object) -> bool:
     """Whether the gradient may take the logits' memory; raises ValueError where rows share it."""
     # A tensor that wraps another, such as one that a collective has yet to fill, is for the dispatcher to unwrap.
-    if is_transformed() or not is_unwrapped(logits, targets, eta):
+    if is_transformed() or not is_unwrapped(logits, *others):
         return False
     if overlaps_itself(logits):
         raise ValueError("expected logits whose rows do not share memory for inplace_backward, got expanded logits")

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mixce_kernels import backends
 from mixce_kernels.backends.base import Backend
-from mixce_kernels.backends.results import Results, empty_results
+from mixce_kernels.backends.results import EntropyGrad, Results, empty_results
 from mixce_kernels.backends.shards import HEADER, IGNORED, Columns, ShardKernels, ShardRows, integers, numbers_per_token
 from mixce_kernels.backends.vocabulary import CallFacts, Vocabulary
 from mixce_kernels.checks import raise_bad_target
@@ -26,7 +26,7 @@ from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel import agreement
 from mixce_kernels.parallel.agreement import Signature
 from mixce_kernels.parallel.collectives import all_gather, copy_to
-from mixce_kernels.parallel.reference import sharded_token_losses
+from mixce_kernels.parallel.reference import sharded_token_logprobs, sharded_token_losses
 from mixce_kernels.parallel.shard import Shard
 from mixce_kernels.reduction import NO_REDUCTION, Reduction
 from mixce_kernels.stats import MixCEStats
@@ -43,6 +43,11 @@ class ShardVocabulary(Vocabulary):
         self, logits: Tensor, targets: Tensor, mixture: Mixture, options: TokenOptions
     ) -> tuple[Tensor, MixCEStats]:
         return sharded_token_losses(self.shard, logits, targets, mixture.eta_of_tokens(), mixture.function(), options)
+
+    def token_logprobs(
+        self, logits: Tensor, targets: Tensor, temperature: Tensor | None, options: TokenOptions
+    ) -> tuple[Tensor, Tensor]:
+        return sharded_token_logprobs(self.shard, logits, targets, temperature, options)
 
     def sizes(self, facts: CallFacts, weight: Tensor, *, again: bool = False) -> tuple[int, int]:
         """The size of the vocabulary, and of the widest shard: nominally, if the size is known without asking.
@@ -103,6 +108,7 @@ class ShardBackend:
         results: Results,
         token_scale: Tensor | None,  # [] or [...]
         grad_logits: Tensor | None,  # [..., columns]
+        temperature: Tensor | None = None,  # [...]
     ) -> None:
         """Loss, state and statistics of the whole rows, and the shard's gradient where `grad_logits` is given.
 
@@ -112,21 +118,21 @@ class ShardBackend:
         """
         shard, group = self.shard, self.shard.group
         results, with_stats = results.with_losses(targets), results.stats is not None
-        facts = CallFacts(targets.numel(), logits.dtype, mixture, options, with_stats)
+        facts = CallFacts(targets.numel(), logits.dtype, mixture, options, with_stats, temperature=temperature)
         signature = shard.signature(logits.shape[-1], facts)
         if shard.check_group:
             agreement.meet(signature, group, logits)
-        messages = all_gather(self._message(logits, targets, options, signature, results), group)
+        messages = all_gather(self._message(logits, targets, options, signature, results, temperature), group)
         if shard.check_group and self.checks_targets:
             _check_headers(_headers(messages), signature, group)
-        not_held = self.shards.merge_messages(messages, targets, mixture, options, results)
+        not_held = self.shards.merge_messages(messages, targets, mixture, options, results, temperature)
         if not_held is not None:
             _raise_not_held(not_held, messages, targets, options.ignore_index)
         if not reduction.is_identity:
             self.reduce(targets, options.ignore_index, reduction, results.losses, results.loss, results.token_scale)
         if grad_logits is not None:
             assert results.state is not None
-            self.logits_grad(logits, targets, results.state, None, token_scale, options, grad_logits)
+            self.logits_grad(logits, targets, results.state, None, token_scale, options, grad_logits, temperature)
 
     def reduce(
         self,
@@ -148,6 +154,8 @@ class ShardBackend:
         token_scale: Tensor | None,  # [] or [...]
         options: TokenOptions,
         grad_logits: Tensor,  # [..., columns]
+        temperature: Tensor | None = None,  # [...]
+        entropy: EntropyGrad | None = None,  # of the whole rows
     ) -> None:
         """The shard's gradient, 0 in padding; communicates nothing."""
         columns = self.shard.columns(logits.shape[-1])
@@ -157,7 +165,9 @@ class ShardBackend:
             # No column's: the target has its own gradient on the rank that holds it.
             local = self.shards.localize_targets(targets, columns, options.ignore_index, elsewhere=-1)
             local_options = options._replace(ignore_index=IGNORED)
-            self.backend.logits_grad(real, local, state, grad_loss, token_scale, local_options, grad)
+            self.backend.logits_grad(
+                real, local, state, grad_loss, token_scale, local_options, grad, temperature, entropy
+            )
         if columns.number < logits.shape[-1]:
             grad_logits[..., columns.number :] = 0.0
 
@@ -167,18 +177,32 @@ class ShardBackend:
             self.backend.scale_rows_(narrowed(grad_logits, columns.number), grad_loss, targets, ignore_index)
 
     def _message(
-        self, logits: Tensor, targets: Tensor, options: TokenOptions, signature: Signature, results: Results
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        options: TokenOptions,
+        signature: Signature,
+        results: Results,
+        temperature: Tensor | None,
     ) -> Tensor:
         """What this rank tells the others: the header, and its numbers of each token one after another."""
         columns, with_stats = signature.columns, results.stats is not None
         numbers = numbers_per_token(options, with_stats)
         message = results.loss.new_empty(HEADER + numbers * targets.numel())
-        rows = self._rows(logits, targets, options, columns, with_stats) if columns.number > 0 else None
+        rows = None
+        if columns.number > 0:
+            rows = self._rows(logits, targets, options, columns, with_stats, temperature)
         self.shards.write_message(message, signature.digest(), columns, targets, rows, options, with_stats)
         return message
 
     def _rows(
-        self, logits: Tensor, targets: Tensor, options: TokenOptions, columns: Columns, with_stats: bool
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        options: TokenOptions,
+        columns: Columns,
+        with_stats: bool,
+        temperature: Tensor | None,
     ) -> ShardRows:
         """What the row kernels find in this rank's columns."""
         logits = narrowed(logits, columns.number)
@@ -188,7 +212,7 @@ class ShardBackend:
         # With eta = 1 the loss is the cross-entropy: nll, or with a smoothing of 1 what the mean is made from.
         alone = TokenOptions(IGNORED, float(smooth), 0.0, options.softcap, options.logit_scale)
         results = empty_results(logits, targets, NO_REDUCTION, with_state=True, with_stats=smooth or with_stats)
-        self.backend.forward(logits, local, Mixture(), alone, NO_REDUCTION, results, None, None)
+        self.backend.forward(logits, local, Mixture(), alone, NO_REDUCTION, results, None, None, temperature)
         if not with_stats or options.softcap is None:
             return ShardRows(results, None)
         # A softcap may make different logits equal: the largest before it is that of a forward without one.

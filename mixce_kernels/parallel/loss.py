@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mixce_kernels import backends
 from mixce_kernels.backends.vocabulary import CallFacts
-from mixce_kernels.checks import check_shard_tensors
+from mixce_kernels.checks import check_shard_tensors, check_values
 from mixce_kernels.linear import loss as linear_loss
 from mixce_kernels.logits.loss import fused_loss
 from mixce_kernels.logits.overwriting import check_overwritable
@@ -16,7 +16,7 @@ from mixce_kernels.options import LinearOptions, LossOptions, accumulate_dtype, 
 from mixce_kernels.parallel.backend import address_of
 from mixce_kernels.parallel.collectives import copy_to
 from mixce_kernels.parallel.reference import sharded_token_losses
-from mixce_kernels.parallel.shard import Shard, Sharding
+from mixce_kernels.parallel.shard import DigestOnly, Shard, Sharding
 from mixce_kernels.reduction import Reduction
 from mixce_kernels.reference import linear_logits
 from mixce_kernels.stats import MixCEStats
@@ -39,7 +39,7 @@ def mixce_loss(
     eta = check_eta(eta, targets)
     weighting = check_weighting(options.weighting, targets)
     options.check_reduction(targets)
-    shard = sharding.shard(options)
+    shard = sharding.shard(DigestOnly.of_loss(options))
     backend = backends.resolve(options.backend, logits_shard)
     if options.validate or backend == "reference":
         mixture = _mixture_to_compare(eta, weighting, targets, logits_shard.dtype)
@@ -62,7 +62,8 @@ def linear_mixce_loss(
 ) -> Tensor | tuple[Tensor, MixCEStats]:
     """`fused_linear_mixce_loss` with a group."""
     checked = linear_loss.checked(hidden, weight, bias, targets, eta, options, linear, sharded=True)
-    shard = sharding.shard(options, hidden_grad=hidden.requires_grad and torch.is_grad_enabled())
+    hidden_grad = hidden.requires_grad and torch.is_grad_enabled()
+    shard = sharding.shard(DigestOnly.of_loss(options, hidden_grad=hidden_grad))
     backend = linear_loss.resolve(hidden, weight, options, linear, checked)
     if options.validate or backend == "reference":
         mixture = _mixture_to_compare(checked.eta, checked.weighting, targets, checked.compute_dtype)
@@ -103,8 +104,8 @@ def _check_call(
     """What no kernel checks, of this rank's columns or rows of the weight: see `Shard.check_call`."""
     reads_targets = validate or values.device.type == "cpu"
     signature = shard.signature(width, facts, reference=backend == "reference", validate=reads_targets)
-    eta = facts.mixture.eta_of_tokens()
-    shard.check_call(signature, targets, eta, weighting, facts.options.ignore_index, values)
+    eta, ignore_index = facts.mixture.eta_of_tokens(), facts.options.ignore_index
+    shard.check_call(signature, values, lambda size: check_values(targets, eta, weighting, ignore_index, size))
 
 
 def _reference_loss(

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixce_kernels.options import TokenOptions, accumulate_dtype
+from mixce_kernels.backends.shards import Columns
+from mixce_kernels.logprobs_reference import expected, finished
+from mixce_kernels.options import TokenOptions
 from mixce_kernels.parallel.collectives import largest, sum_over, total
 from mixce_kernels.parallel.shard import Shard
-from mixce_kernels.reference import mixture
+from mixce_kernels.reference import exponents, mixture
 from mixce_kernels.stats import MixCEStats
 from mixce_kernels.weightings import Weighting
 
@@ -30,31 +32,14 @@ def sharded_token_losses(
     A target that no rank holds gives NaN in its row alone.
     """
     group = shard.group
-    columns = shard.columns(logits.shape[-1])
+    columns, valid, here, index = _places(shard, logits, targets, options)
     logits = logits[..., : columns.number]
-    valid = targets != options.ignore_index
-    local = targets.long() - columns.start
-    here = valid & (local >= 0) & (local < columns.number)
-
-    # An ignored row must not reach the graph: 0 * NaN would.
-    z = logits.masked_fill(~valid.unsqueeze(-1), 0.0).to(accumulate_dtype(logits.dtype))
-    if options.softcap is None:
-        # The difference comes before the scale: logits near 1e5 keep their digits.
-        m = _largest(z, group)
-        d = options.logit_scale * (z - m.unsqueeze(-1))
-        m = options.logit_scale * m
-    else:
-        z = options.softcap * torch.tanh(options.logit_scale * z / options.softcap)
-        m = _largest(z, group)
-        d = z - m.unsqueeze(-1)
+    m, d = exponents(logits, valid, options, largest=lambda z: _largest(z, group))
     # From here on a token has a few numbers, in float64.
     e = d.exp()
     sum_exp = sum_over(group, e.sum(-1).double())
     s = sum_exp.log()
-    # A column for a rank that holds none: its gather must have something to read.
-    padded = torch.cat((d, d.new_zeros((*d.shape[:-1], 1))), -1)
-    index = torch.where(here, local, columns.number).unsqueeze(-1)
-    nll = s - sum_over(group, padded.gather(-1, index).squeeze(-1))
+    nll = s - sum_over(group, _at(d, index))
     held = total(here.to(s.dtype), group)
     uniform_ce = nll
     if options.label_smoothing > 0.0:
@@ -76,6 +61,49 @@ def sharded_token_losses(
     loss = loss * torch.where(valid & (held != 1), torch.nan, 1.0)
     weight = torch.where(valid, weight, 0.0)
     return torch.where(valid, loss, 0.0).to(d.dtype), stats._replace(weight=weight.to(d.dtype))
+
+
+def sharded_token_logprobs(
+    shard: Shard,
+    logits: Tensor,  # [..., columns]
+    targets: Tensor,  # [...], of the whole vocabulary
+    temperature: Tensor | None,  # [...]
+    options: TokenOptions,
+) -> tuple[Tensor, Tensor]:
+    """Each token's log-probability and the entropy [...], both differentiable any number of times.
+
+    A target that no rank holds gives NaN in its row alone.
+    """
+    group = shard.group
+    columns, valid, here, index = _places(shard, logits, targets, options)
+    logits = logits[..., : columns.number]
+    _, d = exponents(logits, valid, options, temperature, largest=lambda z: _largest(z, group))
+    # From here on a token has a few numbers, in float64.
+    e = d.exp()
+    sum_exp = sum_over(group, e.sum(-1).double())
+    s = sum_exp.log()
+    logprobs = sum_over(group, _at(d, index)) - s
+    entropy = s - sum_over(group, expected(e, d).sum(-1).double()) / sum_exp
+    known = total(here.to(s.dtype), group) == 1
+    return finished(logprobs, valid, known, d.dtype), finished(entropy, valid, known, d.dtype)
+
+
+def _places(
+    shard: Shard, logits: Tensor, targets: Tensor, options: TokenOptions
+) -> tuple[Columns, Tensor, Tensor, Tensor]:
+    """The rank's columns, which tokens are not ignored, whose target is here, and where `_at` reads it."""
+    columns = shard.columns(logits.shape[-1])
+    valid = targets != options.ignore_index
+    local = targets.long() - columns.start
+    here = valid & (local >= 0) & (local < columns.number)
+    return columns, valid, here, torch.where(here, local, columns.number).unsqueeze(-1)
+
+
+def _at(d: Tensor, index: Tensor) -> Tensor:
+    """The entries [...] at an index [..., 1] of d [..., columns], 0 at one past the last."""
+    # A column for a rank that holds none: its gather must have something to read.
+    padded = torch.cat((d, d.new_zeros((*d.shape[:-1], 1))), -1)
+    return padded.gather(-1, index).squeeze(-1)
 
 
 def _largest(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:

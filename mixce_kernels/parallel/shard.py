@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch.distributed as dist
@@ -9,13 +10,11 @@ from torch import Tensor
 
 from mixce_kernels.backends.shards import Columns
 from mixce_kernels.backends.vocabulary import CallFacts
-from mixce_kernels.checks import check_values
 from mixce_kernels.options import LossOptions
 from mixce_kernels.parallel import agreement
 from mixce_kernels.parallel.agreement import Layout, Signature
 from mixce_kernels.parallel.collectives import group_name, group_of
 from mixce_kernels.values import check_int64, concrete, describe, is_integer
-from mixce_kernels.weightings import CustomWeighting
 
 # What an address has of a vocabulary whose size the caller did not name.
 _UNKNOWN = -1
@@ -58,11 +57,10 @@ class Sharding(NamedTuple):
         if self.vocab_size is not None and self.vocab_size < 1:
             raise ValueError(f"expected vocab_size to be positive, got {self.vocab_size}")
 
-    def shard(self, options: LossOptions, *, hidden_grad: bool = False) -> Shard:
+    def shard(self, digest_only: DigestOnly) -> Shard:
         """The shard, after a check of its range; raises as `check_range` and `collectives.group_name` do."""
         self.check_range()
         assert self.vocab_start is not None
-        digest_only = DigestOnly(options.reduction, options.token_weights is not None, hidden_grad)
         return Shard(group_name(self.group), self.vocab_start, self.vocab_size, self.check_group, digest_only)
 
 
@@ -72,6 +70,11 @@ class DigestOnly(NamedTuple):
     reduction: str = "none"
     token_weights: bool = False
     hidden_grad: bool = False  # whether the ranks meet in backward, too
+
+    @classmethod
+    def of_loss(cls, options: LossOptions, *, hidden_grad: bool = False) -> DigestOnly:
+        """Those of a loss."""
+        return cls(options.reduction, options.token_weights is not None, hidden_grad)
 
 
 class Shard(NamedTuple):
@@ -117,25 +120,16 @@ class Shard(NamedTuple):
         same |= same.pop("mixture").facts()
         return Signature(self.columns(width), width, same)
 
-    def check_call(
-        self,
-        signature: Signature,
-        targets: Tensor,
-        eta: float | Tensor,
-        weighting: CustomWeighting,
-        ignore_index: int,
-        values: Tensor,
-    ) -> None:
-        """What no kernel checks: whether the ranks' calls fit together, and with `validate` targets and eta.
+    def check_call(self, signature: Signature, values: Tensor, check: Callable[[int], None]) -> None:
+        """What no kernel checks: whether the ranks' calls fit together, and with `validate` what tensors hold.
 
-        `values` are the rank's logits, or its rows of the weight.
+        `values` are the rank's logits, or its rows of the weight; `check` takes the size of the vocabulary.
 
         Raises:
-            ValueError, IndexError: on every rank, see `agreement.layout` and `checks.check_values`.
+            ValueError, IndexError: on every rank, see `agreement.layout` and `check`.
         """
         if signature.same["validate"]:
-            vocab_size = self.layout(signature, values).vocab_size
-            check_values(targets, eta, weighting, ignore_index, vocab_size)
+            check(self.layout(signature, values).vocab_size)
         elif self.check_group:
             agreement.meet(signature, self.group, values)
 

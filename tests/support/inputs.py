@@ -173,6 +173,8 @@ def _logits(case: Case, targets: Tensor, generator: torch.Generator) -> Tensor:
         values = values + 1e5
     elif case.kind == "ties":
         values = torch.full_like(values, 1.25)
+    elif case.kind == "flat":
+        values = values * 1e-3
     elif case.kind == "wide":
         values = values * 100
     elif case.kind == "nonfinite_rows":
