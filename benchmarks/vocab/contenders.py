@@ -75,7 +75,7 @@ def contenders(device: torch.device, extra_files: Iterable[Path] = ()) -> tuple[
     left_out: dict[str, str] = {}
     able = []
     for name in backends.NAMES:
-        reason = _why_not(name, device)
+        reason = why_not(name, device)
         if reason is None:
             able.append(_fused(name))
         else:
@@ -105,11 +105,10 @@ def contenders(device: torch.device, extra_files: Iterable[Path] = ()) -> tuple[
 def _weighted(device: torch.device) -> list[Contender]:
     """The weightings beside the plain formula, and MixCE with the statistics that one of them needs."""
     found: list[Contender] = []
-    backend = next((name for name in backends.NAMES if _why_not(name, device) is None), None)
+    backend = next((name for name in backends.NAMES if why_not(name, device) is None), None)
     if backend is None:
         return found
-    stats = _forward_and_both(partial(_fused_loss, backend, {"return_stats": True}))
-    found.append(Contender(f"fused-{backend}-stats", "MixCE with its statistics", stats, of_weightings=True))
+    found.append(with_stats(backend))
     for name, (weighting, plain) in WEIGHTINGS.items():
         for contender, loss, what in (
             (f"fused-{backend}-{name}", partial(_fused_loss, backend, {"weighting": weighting}), "fused_mixce_loss"),
@@ -123,6 +122,12 @@ def _weighted(device: torch.device) -> list[Contender]:
                 )
             )  # fmt: skip
     return found
+
+
+def with_stats(backend: str) -> Contender:
+    """MixCE with its statistics."""
+    losses = _forward_and_both(partial(_fused_loss, backend, {"return_stats": True}))
+    return Contender(f"fused-{backend}-stats", "MixCE with its statistics", losses, of_weightings=True)
 
 
 def is_of_weightings(name: str) -> bool:
@@ -154,7 +159,8 @@ def _forward_and_both(function: LossFunction) -> dict[str, LossFunction]:
     return {"forward": function, "both": function}
 
 
-def _why_not(name: str, device: torch.device) -> str | None:
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why a backend takes no part on `device`, or None if it does."""
     if name == "reference":
         return "it is the oracle, and the plain formula stands for it"
     if device.type == "cpu" and name != "cpu":

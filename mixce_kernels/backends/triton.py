@@ -15,6 +15,7 @@ from mixce_kernels.backends.triton_arguments import (
     logits_grad_launch,
     mixture_arguments,
     no_kernels,
+    of_tokens,
     reduction_launch,
     scale_rows_launch,
 )
@@ -46,7 +47,7 @@ def forward(
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     rows, results = reachable_layout(logits), results.with_losses(targets)
     if rows.number > 0:
-        _forward_rows(logits, rows, targets, mixture, options, results, token_scale, grad_logits)
+        _forward_rows(logits, rows, targets, mixture, options, results, token_scale, grad_logits, temperature)
     if not reduction.is_identity:
         reduce(targets, options.ignore_index, reduction, results.losses, results.loss, results.token_scale)
 
@@ -60,6 +61,7 @@ def _forward_rows(
     results: Results,
     token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
+    temperature: Tensor | None,  # [...]
 ) -> None:
     losses, stats, has_grad = results.losses, results.stats, grad_logits is not None
     assert losses is not None
@@ -86,6 +88,8 @@ def _forward_rows(
             correct_ptr=losses if results.correct is None else results.correct,
             token_scale_ptr=token_scale,
             grad_ptr=grad_logits,
+            entropy_state_ptr=results.entropy_state,
+            temperature_ptr=of_tokens(temperature, targets),
             partial_ptr=losses.new_empty(launch.n_partials) if launch.n_partials > 0 else losses,
             token_scale_stride=token_scale_stride,
             **mixture_arguments(mixture, losses),
@@ -149,6 +153,9 @@ def logits_grad(
             state_ptr=state.contiguous(),
             grad_loss_ptr=grad_loss,
             token_scale_ptr=token_scale,
+            temperature_ptr=of_tokens(temperature, targets),
+            grad_entropy_ptr=None if entropy is None else of_tokens(entropy.upstream, targets),
+            entropy_state_ptr=None if entropy is None else entropy.state.contiguous(),
             grad_ptr=grad_logits,
             grad_loss_stride=grad_loss_stride,
             token_scale_stride=token_scale_stride,

@@ -81,6 +81,11 @@ def mixture_arguments(mixture: Mixture, anything: Tensor) -> dict[str, Any]:
     }
 
 
+def of_tokens(numbers: Tensor | None, targets: Tensor) -> Tensor | None:
+    """Numbers [] or [...] as one for each of the tokens `targets` [...], contiguous."""
+    return None if numbers is None else numbers.expand(targets.shape).contiguous()
+
+
 def gradient_arguments(options: TokenOptions) -> dict[str, Any]:
     """The arguments of pass 2: how logits become exponents, and the factor of the gradient that comes from it."""
     return _transform(options) | {"logit_scale": options.logit_scale}

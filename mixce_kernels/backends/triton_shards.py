@@ -16,6 +16,7 @@ from mixce_kernels.backends.triton_arguments import (
     kernels,
     loss_arguments,
     mixture_arguments,
+    of_tokens,
     statistics_arguments,
 )
 from mixce_kernels.backends.triton_launch import register_arguments
@@ -90,6 +91,8 @@ def merge_messages(
             state_ptr=results.state,
             stats_ptr=stats,
             correct_ptr=correct,
+            entropy_state_ptr=results.entropy_state,
+            temperature_ptr=of_tokens(temperature, targets),
             **mixed,
         )
 

@@ -34,8 +34,8 @@ Trainer: Any = transformers.Trainer
 # The keyword by which TRL asks a model for log-probabilities in the place of logits.
 ASKED = "fused_lm_head"
 IGNORED = -100
-# The end of a sentence about output embeddings: who takes a model's logits. Here there are none.
-REMEDY = re.compile(r"(: | \()MixCEForCausalLMLoss takes .*")
+# The end of a sentence about a model's head: which loss takes its logits, or has such an option.
+REMEDY = re.compile(r"(: | \()(MixCEForCausalLMLoss takes|z_loss is) .*")
 
 
 class _HeadReader(Trainer):  # type: ignore[misc]  # Transformers' types are not followed
@@ -183,7 +183,7 @@ class _FusedHead(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """Log-probabilities and, where wanted, entropies [N]."""
         with without_autocast(hidden) if self.in_float32 else nullcontext():
-            found = fused_linear_token_logprobs(
+            found: Any = fused_linear_token_logprobs(
                 hidden.float() if self.in_float32 else hidden,
                 weight,
                 targets,
@@ -221,7 +221,7 @@ def _router_loss(model: Any, outputs: Any, arguments: dict[str, Any]) -> Tensor:
 
 @contextmanager
 def _without_remedy() -> Iterator[None]:
-    """Within this context a ValueError about a model's head does not name another loss, which takes logits."""
+    """Within this context a ValueError about a model's head does not name losses, which a trainer cannot take."""
     try:
         yield
     except ValueError as error:

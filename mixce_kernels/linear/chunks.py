@@ -22,6 +22,9 @@ from mixce_kernels.reduction import NO_REDUCTION, Reduction
 # Where the caller names no budget: on a GPU for a thousand rows, at which reading the weight and adding to its gradient
 # takes less time than multiplying, on a CPU for about a hundred.
 CHUNK_BYTES = {"cpu": 44 * 2**20, "cuda": 2**30}
+# MKL multiplies fewer rows otherwise than more, float32 below 16 and float64 below 4: a token's log-probability would
+# depend on how many others there are.
+LEAST_ROWS = {"cpu": 16}
 
 
 class Grads(NamedTuple):
@@ -90,6 +93,8 @@ def forward(
     token_scale: Tensor | None,  # float64 [] or [N], with grads; None: 1
     grads: Grads,  # written, of sum(token_scale * losses)
     temperature: Tensor | None = None,  # [N]
+    *,
+    pads: bool = False,  # whether products have LEAST_ROWS at least, of zeros where the budget allows it
 ) -> None:
     """Losses, state and statistics of the tokens, and the gradients of their weighted sum that are wanted.
 
@@ -97,7 +102,7 @@ def forward(
     """
     kernels = backends.vocabulary(call.backend).kernels
     wants_grads = any(one is not None for one in grads)
-    chunks = _Chunks(call, columns, token_scale, grads)
+    chunks = _Chunks(call, columns, token_scale, grads, pads=pads)
     of_tokens = _of_tokens(results)
     if chunks.kept is not None:
         for one in of_tokens:
@@ -131,13 +136,15 @@ def grad(
     grads: Grads,  # written
     temperature: Tensor | None = None,  # [N]
     entropy: EntropyGrad | None = None,  # of [N]
+    *,
+    pads: bool = False,  # as in the forward
 ) -> None:
     """The gradients of sum(upstream * losses), from the state of the forward; the logits are computed once more.
 
     With `entropy` those of sum(entropy.upstream * entropies) are among them.
     """
     kernels = backends.vocabulary(call.backend).kernels
-    chunks = _Chunks(call, columns, upstream, grads, entropy)
+    chunks = _Chunks(call, columns, upstream, grads, entropy, pads=pads)
     for chunk in chunks:
         chunk_state = chunk.of(state).contiguous()
         kernels.logits_grad(
@@ -183,8 +190,11 @@ class _Chunks:
         scale: Tensor | None,  # [] or [N], the upstream gradient of the losses; None: 1
         grads: Grads,
         entropy: EntropyGrad | None = None,
+        *,
+        pads: bool = False,
     ) -> None:
         self.call = call
+        self.least_rows = LEAST_ROWS.get(call.weight.device.type, 1) if pads else 1
         self.columns = max(columns, 1)
         self.scale = None if scale is None else scale.expand(call.targets.shape)
         self.grad_hidden, self.grad_weight, self.grad_bias = grads
@@ -217,7 +227,9 @@ class _Chunks:
         vocab_size = call.weight.shape[0]
         budget = self.budget - self.products.bytes_besides(self.columns)
         size = rows_per_chunk(n_rows, self.columns, self.products.bytes_per_logit, budget)
-        buffer = padded_empty(min(size, n_rows), vocab_size, call.dtype, call.hidden.device)
+        most = max(budget // (self.products.bytes_per_logit * self.columns), 1)
+        least = min(self.least_rows, most)
+        buffer = padded_empty(max(min(size, n_rows), least), vocab_size, call.dtype, call.hidden.device)
         for begin in range(0, n_rows, size):
             rows: slice | Tensor = slice(begin, min(begin + size, n_rows))
             rows = rows if self.kept is None else self.kept[rows]
@@ -226,7 +238,11 @@ class _Chunks:
                 # Whatever stands in an ignored row, 0 * it must be 0 in the weight's gradient.
                 hidden = torch.where(self.valid[rows].unsqueeze(-1), hidden, 0.0)
             logits = buffer[: len(hidden)]
-            self.products.logits(hidden, logits)
+            if len(hidden) < least:
+                zeros = hidden.new_zeros(least - len(hidden), hidden.shape[1])
+                self.products.logits(torch.cat((hidden, zeros)), buffer[:least])
+            else:
+                self.products.logits(hidden, logits)
             scale = None if self.scale is None else self.scale[rows]
             yield _Chunk(rows, hidden, call.targets[rows], scale, logits, self._entropy_of(rows))
 

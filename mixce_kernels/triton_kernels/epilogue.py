@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.mixce_math import STATE_WIDTH, STATS_WIDTH, as_real, capped, token_terms
+from mixce_kernels.triton_kernels.mixce_math import (
+    ENTROPY_STATE_WIDTH,
+    STATE_WIDTH,
+    STATS_WIDTH,
+    as_real,
+    capped,
+    token_terms,
+)
 
 
 @triton.jit
@@ -43,19 +50,20 @@ def upstream_of(grad_loss_ptr, token_scale_ptr, row, loaded, grad_loss_stride, t
 
 
 @triton.jit
-def results_of(row, loss_ptr, state_ptr, stats_ptr, correct_ptr):
+def results_of(row, loss_ptr, state_ptr, stats_ptr, correct_ptr, entropy_state_ptr):
     """Where a row's results are."""
     return (
         loss_ptr + row,
         state_ptr if state_ptr is None else state_ptr + row,
         stats_ptr + row,
         correct_ptr + row,
+        entropy_state_ptr if entropy_state_ptr is None else entropy_state_ptr + row,
     )
 
 
 @triton.jit
 def finish_rows(
-    results,  # addresses of loss, state, stats and correct
+    results,  # addresses of loss, state, stats, correct and entropy_state
     n_rows,
     at,  # where a row's results are, from these addresses
     written,  # which results are stored
@@ -80,16 +88,18 @@ def finish_rows(
     mean_shifted = tl.full((), 0.0, tl.float64)
     entropy, collision = mean_shifted, mean_shifted
     if STATS:
-        entropy = s - diff_scale * (sum_exp_shifted / sum_exp)
+        expected_shifted = diff_scale * (sum_exp_shifted / sum_exp)
+        entropy = s - expected_shifted
         collision = (sum_exp_squared / (sum_exp * sum_exp)).to(tl.float64)
     if SMOOTH:
         mean_shifted = diff_scale * (sum_shifted.to(tl.float64) / vocab_size)
     z_target = x_target
     if CAP:
         z_target, _ = capped(x_target, transform)
-    sums = (s, diff_scale * (z_target.to(tl.float64) - m), mean_shifted, entropy, collision)
+    d_target = diff_scale * (z_target.to(tl.float64) - m)
+    sums = (s, d_target, mean_shifted, entropy, collision)
     loss, nll, q, weight, lse, a, c, t = token_terms(diff_scale * m, sums, mixture, vocab_size, options, real, real)
-    loss_ptr, state_ptr, stats_ptr, correct_ptr = results
+    loss_ptr, state_ptr, stats_ptr, correct_ptr, entropy_state_ptr = results
     state = (m, s.to(real), a.to(real), c.to(real), t.to(real))
     store(loss_ptr + at, loss.to(real), written, valid)
     if state_ptr is not None:
@@ -103,6 +113,11 @@ def finish_rows(
         if valid is not None:
             correct = valid & correct
         tl.store(correct_ptr + at, correct, mask=written)
+        if entropy_state_ptr is not None:
+            at_target = tl.where(q == 0.0, 0.0, q * (d_target - expected_shifted))
+            entropy_state = (expected_shifted, at_target)
+            for i in tl.static_range(ENTROPY_STATE_WIDTH):
+                store(entropy_state_ptr + i * n_rows + at, entropy_state[i].to(real), written, valid)
     return state
 
 
@@ -117,7 +132,7 @@ def store(ptr, value, written, valid):
 @triton.jit
 def finish_ignored_row(results, n_rows, STATS: tl.constexpr):
     """Stores the results of an ignored row, all 0."""
-    loss_ptr, state_ptr, stats_ptr, correct_ptr = results
+    loss_ptr, state_ptr, stats_ptr, correct_ptr, entropy_state_ptr = results
     tl.store(loss_ptr, 0.0)
     if state_ptr is not None:
         for i in tl.static_range(STATE_WIDTH):
@@ -126,3 +141,6 @@ def finish_ignored_row(results, n_rows, STATS: tl.constexpr):
         for i in tl.static_range(STATS_WIDTH):
             tl.store(stats_ptr + i * n_rows, 0.0)
         tl.store(correct_ptr, False)
+    if entropy_state_ptr is not None:
+        for i in tl.static_range(ENTROPY_STATE_WIDTH):
+            tl.store(entropy_state_ptr + i * n_rows, 0.0)

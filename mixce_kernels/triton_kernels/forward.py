@@ -14,7 +14,7 @@ from mixce_kernels.triton_kernels.epilogue import (
     upstream_of,
 )
 from mixce_kernels.triton_kernels.jit import kernel
-from mixce_kernels.triton_kernels.mixce_math import grad_terms, transform_of
+from mixce_kernels.triton_kernels.mixce_math import grad_terms, scale_of, transform_of
 from mixce_kernels.triton_kernels.row_grad import fill_zeros, grad_held, grad_of, row_grad
 from mixce_kernels.triton_kernels.row_layout import head_of, held_tiles, rest_of, row_offset, tile_index
 from mixce_kernels.triton_kernels.row_stats import add_held, add_rest, add_steps, empty_lanes, exchange, merge_lanes
@@ -40,10 +40,12 @@ def forward_kernel(
     targets_ptr,  # [N]
     eta_ptr,  # [N], where HAS_ETA
     parameters_ptr,  # [2, N], or None
+    temperature_ptr,  # [N], or None
     loss_ptr,  # [N]
     state_ptr,  # [STATE_WIDTH, N], or None
     stats_ptr,  # [STATS_WIDTH, N], where STATS
     correct_ptr,  # [N], where STATS
+    entropy_state_ptr,  # [ENTROPY_STATE_WIDTH, N], where STATS, or None
     token_scale_ptr,  # [N], where HAS_GRAD, or None
     grad_ptr,  # [N, V] as rows, where HAS_GRAD
     partial_ptr,  # [N, PARTIALS, CTAS], where CTAS > 1
@@ -91,7 +93,7 @@ def forward_kernel(
     STEP: tl.constexpr = CTAS * LANES * VECTOR
     BLOCK: tl.constexpr = STACK * STEP
     row = tl.program_id(0)
-    results = results_of(row, loss_ptr, state_ptr, stats_ptr, correct_ptr)
+    results = results_of(row, loss_ptr, state_ptr, stats_ptr, correct_ptr, entropy_state_ptr)
     target = tl.load(targets_ptr + row).to(tl.int64)
     if HAS_GRAD:
         grad_ptr += row_offset(row, grad_inner, grad_outer_stride, grad_inner_stride)
@@ -103,7 +105,7 @@ def forward_kernel(
 
     real: tl.constexpr = loss_ptr.dtype.element_ty
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    transform = transform_of(diff_scale, cap, tanh_scale, real)
+    transform = transform_of(scale_of(diff_scale, temperature_ptr, row), cap, tanh_scale, real)
     logits_ptr += row_offset(row, inner, outer_stride, inner_stride)
     known, target_column = column_of(target, vocab_size)
     x_target = tl.load(logits_ptr + target_column, mask=known, other=0.0).to(real)
@@ -150,7 +152,7 @@ def forward_kernel(
     # Pass 2.
     if HAS_GRAD:
         upstream = upstream_of(None, token_scale_ptr, row, True, 0, token_scale_stride, real)
-        terms = grad_terms(state, upstream, logit_scale)
+        terms = grad_terms(state, upstream, scale_of(logit_scale, temperature_ptr, row))
         if HELD is None:
             row_grad(
                 logits_ptr, grad_ptr, vocab_size, n_steps, 0, n_steps, target_column, terms, transform,

@@ -7,7 +7,14 @@ import triton.language as tl
 
 from mixce_kernels.triton_kernels.epilogue import column_of, upstream_of
 from mixce_kernels.triton_kernels.jit import bound, kernel
-from mixce_kernels.triton_kernels.mixce_math import STATE_WIDTH, grad_terms, transform_of
+from mixce_kernels.triton_kernels.mixce_math import (
+    ENTROPY_STATE_WIDTH,
+    STATE_WIDTH,
+    grad_terms,
+    scale_of,
+    transform_of,
+    with_entropy,
+)
 from mixce_kernels.triton_kernels.row_grad import fill_zeros, row_grad
 from mixce_kernels.triton_kernels.row_layout import head_of, rest_of, row_offset, tile_index
 
@@ -25,6 +32,9 @@ def logits_grad_kernel(
     state_ptr,  # [STATE_WIDTH, N]
     grad_loss_ptr,  # [N], or None
     token_scale_ptr,  # [N], or None
+    temperature_ptr,  # [N], or None
+    grad_entropy_ptr,  # [N], or None
+    entropy_state_ptr,  # [ENTROPY_STATE_WIDTH, N], or None
     grad_ptr,  # [N, V] as rows
     n_rows: tl.int64,
     vocab_size: tl.int32,
@@ -79,7 +89,14 @@ def logits_grad_kernel(
         broadcast(values, 3),
         broadcast(values, 4),
     )
+    diff_scale = scale_of(diff_scale, temperature_ptr, row)
+    logit_scale = scale_of(logit_scale, temperature_ptr, row)
     terms = grad_terms(state, broadcast(upstream, 0), logit_scale)
+    if grad_entropy_ptr is not None:
+        values = tl.load(entropy_state_ptr + row + i * n_rows, mask=i < ENTROPY_STATE_WIDTH, other=0.0)
+        grad_entropy = broadcast(tl.load(grad_entropy_ptr + row + 0 * i, mask=i == 0, other=0.0), 0).to(real)
+        entropy_state = (broadcast(values, 0), broadcast(values, 1))
+        terms = with_entropy(terms, entropy_state, grad_entropy, logit_scale, diff_scale)
     transform = transform_of(diff_scale, cap, tanh_scale, real)
     target_column = column_of(target, vocab_size)[1]
     logits_ptr += row_offset(row, inner, outer_stride, inner_stride)

@@ -211,6 +211,6 @@ def linear_merge_kernel(
     mixture = mixture_of(eta_ptr, parameters_ptr, row, n_rows, eta_stride, eta_value, weighting, first, second, HAS_ETA)
     lanes = (m, sum_exp, sum_shifted, sum_exp_shifted, sum_exp_squared, count, beaten)
     finish_rows(
-        (loss_ptr, state_ptr, stats_ptr, correct_ptr), n_rows, row, in_rows, valid, lanes, x_target, known,
+        (loss_ptr, state_ptr, stats_ptr, correct_ptr, None), n_rows, row, in_rows, valid, lanes, x_target, known,
         mixture, vocab_size, transform, (label_smoothing, z_loss), SMOOTH, CAP, STATS,
     )  # fmt: skip

@@ -11,7 +11,8 @@ Values that travel together are tuples:
     sums       s, d_target, mean_shifted, entropy, collision: of a row, where s is log sum exp(z - m), d_target is
                z_target - m, mean_shifted the mean of z - m, and collision sum p^2
     state      m, s, a, c, t: what the forward leaves of a token for its gradient
-    terms      m, log2_sum, k, c, t: the gradient is slope * (p * k - c), and slope * t at the target
+    terms      m, log2_sum, k, c, t: the gradient is slope * (p * k - c), and slope * t at the target; with that of an
+               entropy b, too: k is then k + b * d, where d is the difference of (capped) logits that makes p
 """
 
 import triton
@@ -24,6 +25,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 STATE_WIDTH = tl.constexpr(results.STATE_WIDTH)
 STATS_WIDTH = tl.constexpr(results.STATS_WIDTH)
+ENTROPY_STATE_WIDTH = tl.constexpr(results.ENTROPY_STATE_WIDTH)
 PROBABILITY, POWER, TAILR, BAND, FOCAL, VARIANCE, ENTROPY, COLLISION_POWER, GIVEN = (
     tl.constexpr(i) for i in range(len(weightings.KINDS))
 )
@@ -51,6 +53,15 @@ def expm1(x):
 def as_real(value, dtype: tl.constexpr):
     """A float argument as a scalar of `dtype`; the interpreter hands it over as a Python number, which has no `.to`."""
     return (value + tl.full((), 0.0, dtype)).to(dtype)
+
+
+@triton.jit
+def scale_of(scale, temperature_ptr, row):
+    """A scale of exponents divided by a token's temperature, in float64."""
+    scale = as_real(scale, tl.float64)
+    if temperature_ptr is not None:
+        scale = scale / tl.load(temperature_ptr + row).to(tl.float64)
+    return scale
 
 
 @triton.jit
@@ -195,3 +206,12 @@ def grad_terms(state, grad_loss, logit_scale):
     m, s, a, c, t = state
     factor = grad_loss * as_real(logit_scale, grad_loss.dtype)
     return m, s * LOG2_E, a * factor, c * factor, t * factor
+
+
+@triton.jit
+def with_entropy(terms, entropy_state, grad_entropy, logit_scale, diff_scale):
+    """The terms with the gradient of the entropy, whose derivative by z_j is -p_j * (z_j - m - u)."""
+    m, log2_sum, k, c, t = terms
+    u, at_target = entropy_state
+    factor = grad_entropy * as_real(logit_scale, grad_entropy.dtype)
+    return m, log2_sum, k + factor * u, c, t - factor * at_target, -factor * as_real(diff_scale, grad_entropy.dtype)

@@ -11,11 +11,16 @@ from mixce_kernels.triton_kernels.row_layout import head_of, moved, rest_of, rot
 @triton.jit
 def grad_of(x, begin, size, offsets, target_column, terms, transform, CAP: tl.constexpr):
     """Pass 2 for a tile of logits, whose columns are offsets less than `size` from `begin`."""
-    m, log2_sum, k, c, t = terms
+    m, log2_sum, k, c, t = terms[0], terms[1], terms[2], terms[3], terms[4]
     z = x.to(k.dtype)
     if CAP:
         z, slope = capped(z, transform)
-    grad = tl.exp2((z - m) * transform[0] - log2_sum) * k - c
+    d = z - m
+    p = tl.exp2(d * transform[0] - log2_sum)
+    if len(terms) > 5:
+        # The clamp keeps 0 * -inf out; p still brings a NaN.
+        k += terms[5] * tl.maximum(d, -1e30)
+    grad = p * k - c
     # One comparison for a tile is cheaper than one for each logit.
     if (target_column >= begin) & (target_column < begin + size):
         grad = tl.where(offsets == target_column - begin, t, grad)

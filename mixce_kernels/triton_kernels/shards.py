@@ -11,7 +11,13 @@ import triton.language as tl
 
 from mixce_kernels.backends import shards
 from mixce_kernels.triton_kernels.jit import bound, kernel
-from mixce_kernels.triton_kernels.mixce_math import STATE_WIDTH, STATS_WIDTH, as_real, token_terms
+from mixce_kernels.triton_kernels.mixce_math import (
+    ENTROPY_STATE_WIDTH,
+    STATE_WIDTH,
+    STATS_WIDTH,
+    as_real,
+    token_terms,
+)
 
 HEADER = tl.constexpr(shards.HEADER)
 IGNORED = tl.constexpr(shards.IGNORED)
@@ -136,10 +142,12 @@ def merge_messages_kernel(
     targets_ptr,  # [N]
     eta_ptr,  # [N], where HAS_ETA
     parameters_ptr,  # [2, N], or None
+    temperature_ptr,  # [N], or None
     loss_ptr,  # [N]
     state_ptr,  # [STATE_WIDTH, N], or None
     stats_ptr,  # [STATS_WIDTH, N], where STATS
     correct_ptr,  # [N], where STATS
+    entropy_state_ptr,  # [ENTROPY_STATE_WIDTH, N], where STATS, or None
     n_tokens: tl.int64,
     n_ranks: tl.int32,
     length: tl.int64,
@@ -165,6 +173,8 @@ def merge_messages_kernel(
     in_rows = row < n_tokens
     target = tl.load(targets_ptr + row, mask=in_rows, other=0).to(tl.int64)
     scale = as_real(diff_scale, tl.float64)
+    if temperature_ptr is not None:
+        scale = scale / tl.load(temperature_ptr + row, mask=in_rows, other=1.0).to(tl.float64)
     numbers_ptr = messages_ptr + HEADER + row
     zero = tl.full((TOKENS,), 0.0, tl.float64)
     nothing = tl.full((TOKENS,), float("-inf"), tl.float64)
@@ -244,3 +254,10 @@ def merge_messages_kernel(
         for i in tl.static_range(STATS_WIDTH):
             tl.store(stats_ptr + i * n_tokens + row, tl.where(valid, stats[i], 0.0).to(real), mask=in_rows)
         tl.store(correct_ptr + row, valid & first_of_largest & (nll == nll), mask=in_rows)
+        if entropy_state_ptr is not None:
+            expected_shifted = s - entropy
+            at_target = tl.where(q == 0.0, 0.0, q * (d_target - expected_shifted))
+            entropy_state = (expected_shifted, at_target)
+            for i in tl.static_range(ENTROPY_STATE_WIDTH):
+                value = tl.where(valid, entropy_state[i], 0.0).to(real)
+                tl.store(entropy_state_ptr + i * n_tokens + row, value, mask=in_rows)

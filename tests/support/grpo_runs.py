@@ -116,20 +116,29 @@ def scored(
     )
 
 
-def expected(name: str, model: Any, batch: Batch, hidden: Tensor, entropy: bool = True) -> tuple[Tensor, ...]:
-    """Log-probabilities, entropies and the gradient of hidden states, by plain formulas on these states in float64.
+class Expected(NamedTuple):
+    """Of a batch, in float64, and the gradients of `loss_of` it by what the head multiplies and adds."""
 
-    They are 0 where there is no token.
-    """
+    log_probs: Tensor  # [B, K]
+    entropy: Tensor  # [B, K]
+    grad_hidden: Tensor  # [B, T, D]
+    grad_weight: Tensor  # [V, D]
+    grad_bias: Tensor | None  # [V]
+
+
+def expected(name: str, model: Any, batch: Batch, hidden: Tensor, entropy: bool = True) -> Expected:
+    """What plain formulas make of a model's hidden states in float64; 0 where there is no token."""
     head = model.get_output_embeddings()
     logit_scale, softcap = HEADS.get(name, (1.0, None))
-    hidden = hidden.double().requires_grad_()
-    bias = None if head.bias is None else head.bias.detach().double()
-    z = logit_scale * torch.nn.functional.linear(hidden, head.weight.detach().double(), bias)
+    leaves = [
+        None if leaf is None else leaf.detach().double().requires_grad_() for leaf in (hidden, head.weight, head.bias)
+    ]
+    z = logit_scale * torch.nn.functional.linear(*leaves)
     z = z if softcap is None else softcap * torch.tanh(z / softcap)
     log_p = (z[:, -batch.logits_to_keep - 1 : -1] / TEMPERATURE).log_softmax(-1)
     tokens = batch.input_ids[:, -batch.logits_to_keep :]
     log_probs = log_p.gather(-1, tokens[..., None]).squeeze(-1) * batch.valid
     entropies = -(log_p.exp() * log_p).sum(-1) * batch.valid
     loss_of(batch, log_probs, entropies if entropy else None).backward()
-    return log_probs.detach(), entropies.detach(), hidden.grad
+    gradients = (None if leaf is None else leaf.grad for leaf in leaves)
+    return Expected(log_probs.detach(), entropies.detach(), *gradients)

@@ -1,4 +1,4 @@
-"""The table of calls of log-probabilities and entropies, their tensors, and what the oracle and the rule make of them."""
+"""The table of calls of log-probabilities: their tensors, and what the oracle and the rule make of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from support import cases
 from support.cases import BFLOAT16, DTYPES, FLOAT16, FLOAT32, FLOAT64, Case
 from support.inputs import build, computed, move
 from support.numerics import accumulate_dtype, assert_accurate, to_numpy
@@ -244,9 +243,7 @@ def _of_tokens(inputs: LogprobInputs) -> tuple[Tensor, Tensor, Tensor]:
     """Temperature and both upstream gradients, [N] float64 each."""
     shape = inputs.targets.shape
     given = (inputs.temperature, *(0.0 if one is None else one for one in (inputs.grad_logprobs, inputs.grad_entropy)))
-    temperature, g, h = (
-        torch.as_tensor(one, dtype=FLOAT64).expand(shape).reshape(-1) for one in given
-    )
+    temperature, g, h = (torch.as_tensor(one, dtype=FLOAT64).expand(shape).reshape(-1) for one in given)
     return temperature, g, h
 
 
@@ -287,5 +284,3 @@ def check_found(inputs: LogprobInputs, found: Found, extra_ulps: int = 0) -> Non
         "gradient", found.grad.reshape(expected.grad.shape), expected.grad, plain_grad, float(scale.max(initial=0)),
         extra_ulps=extra_ulps,
     )  # fmt: skip
-
-
