@@ -13,12 +13,17 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 EXTRAS := benchmark docs examples transformers trl test-all
 
-.PHONY: benchmark benchmark-linear benchmark-parallel paper-synthetic compare-eta weightings \
+.PHONY: benchmark benchmark-logprobs benchmark-linear benchmark-parallel paper-synthetic compare-eta weightings \
 	test test-rest test-all test-gpu docs lint format clean
 
-# For example: make benchmark ARGS=--full
+# For example: make benchmark ARGS=--full, which are the arguments of the losses: with any, they alone are measured.
 benchmark: $(VENV)/extra-benchmark
 	$(BIN)/python benchmarks/bench_vocab.py $(ARGS)
+	$(if $(ARGS),,$(BIN)/python benchmarks/bench_logprobs.py)
+
+# With TRL beside ours, which `make benchmark` measures where it is installed.
+benchmark-logprobs: $(VENV)/extra-benchmark $(VENV)/extra-trl
+	$(BIN)/python benchmarks/bench_logprobs.py $(ARGS)
 
 benchmark-linear: $(VENV)/extra-benchmark
 	$(BIN)/python benchmarks/bench_linear.py $(ARGS)

@@ -121,11 +121,11 @@ def _local_temperature(
     tokens: Tokens, targets: Tensor, options: LogprobOptions, vocab_size: int, like_logits: Tensor
 ) -> LogprobOptions:
     """The options for this rank's part, after a check of all tokens' values where one process does."""
-    temperature = options.temperature
-    if isinstance(temperature, DTensor) and temperature.shape != targets.shape:
+    given = options.temperature
+    if isinstance(given, DTensor) and given.shape != targets.shape:
         # A DTensor does not broadcast a dimension that is sharded.
-        temperature = temperature.redistribute(placements=[Replicate()] * temperature.device_mesh.ndim)
-    temperature = options._replace(temperature=temperature).temperature_of_tokens(targets)
+        given = given.redistribute(placements=[Replicate()] * given.device_mesh.ndim)
+    temperature = options._replace(temperature=given).temperature_of_tokens(targets)
     if tokens.split.leading and not torch.compiler.is_compiling():
         checks_targets = _reads_targets(options.backend, like_logits)
         if options.validate or checks_targets:

@@ -65,15 +65,20 @@ class Timing:
 
 
 def time_rounds(
-    programs: Sequence[ProgramLike[InputsT]], inputs: InputsT, budget: float, warm: bool
+    programs: Sequence[ProgramLike[InputsT]],
+    inputs: InputsT,
+    budget: float,
+    warm: bool,
+    least: int = MIN_REPETITIONS,
 ) -> Iterator[float | list[Timing]]:
     """Warms up, then times as many rounds as the budget allows; yields what `rounds` does.
 
     Args:
         programs: what to time; all must have passed their check, which also was their first call.
         inputs: their logits and targets.
-        budget: seconds for the repetitions, at least MIN_REPETITIONS and at most MAX_REPETITIONS of them.
+        budget: seconds for the repetitions, at least `least` and at most MAX_REPETITIONS of them.
         warm: go on warming up until the process touches no new pages.
+        least: see `budget`.
     """
     min_warmup_rounds = MIN_WARMUP_ROUNDS_GPU if inputs.device.type == "cuda" else MIN_WARMUP_ROUNDS
     with without_collector():
@@ -85,7 +90,7 @@ def time_rounds(
             faults = sum(timing.page_faults for timing in timings)
             if count + 1 >= min_warmup_rounds and (not warm or faults <= WARM_FAULTS):
                 break
-        repetitions = min(max(int(budget / round_seconds), MIN_REPETITIONS), MAX_REPETITIONS)
+        repetitions = min(max(int(budget / round_seconds), least), MAX_REPETITIONS)
         yield from rounds(programs, inputs, repetitions)
 
 

@@ -37,6 +37,7 @@ class LogitsInputs(Inputs):
         self.upstreams = self.few_upstreams.to(device)[:, self.index.to(device)]  # [2, N]
         # The factor of a rounding error in a leaf's gradient.
         self.largest = (1.0,)
+        self.largest_logit = float(self.few.abs().max())
 
     @property
     def gradients_nbytes(self) -> int:
@@ -69,6 +70,8 @@ class HiddenInputs(LinearInputs):
         self.upstreams = self.few_upstreams[:, self.index]
         # The factor of a rounding error in a leaf's gradient: what a logit's gradient is multiplied with.
         self.largest = (float(self.weight.detach().abs().max()), float(self.few.abs().max()))
+        with torch.no_grad():
+            self.largest_logit = float((self.few @ self.weight.T).abs().max())
 
     def exact(self, count: int) -> list[Tensor]:
         """In float64, of the rows that repeat: the first `count` of RESULTS, and the gradients through them.
@@ -89,8 +92,9 @@ class HiddenInputs(LinearInputs):
         logits = F.linear(hidden, weight)
         if rounds:
             logits = logits.to(self.weight.dtype).float()
-        results = plain_results(logits, self.targets, count)
-        *results, grad_hidden, grad_weight = _with_gradients(results, (hidden, weight), self.upstreams)
+        *results, grad_hidden, grad_weight = _with_gradients(
+            plain_results(logits, self.targets, count), (hidden, weight), self.upstreams
+        )
         return [*results, grad_hidden.to(self.hidden.dtype), grad_weight.to(self.weight.dtype)]
 
 
@@ -105,33 +109,55 @@ def inputs_of(cell: LogprobCell, device: torch.device) -> LogprobInputs:
     return HiddenInputs(dtype, cell.rows, cell.hidden_size, cell.vocab, device)
 
 
-class Expected:
+class Oracle:
     """Log-probabilities, entropies and gradients in float64, and how far from them a contender's may be.
 
     The largest error may be twice that of the plain formula in float32 from the same inputs, plus one ulp of the
     result's type at the largest magnitude, plus what two float32 epsilons of the largest factor of a token come to: 1
     for a result, and for a gradient |upstream of its log-probability| + |upstream of its entropy|. A contender that by
-    its nature rounds to the inputs' half-precision type is held to the plain formula with that rounding instead.
+    its nature rounds to the inputs' half-precision type is held to the plain formula with that rounding instead. One
+    that adds up logits without a shift has their digits and no more: its factors are twice the largest logit as large.
     """
 
-    def __init__(self, inputs: LogprobInputs, count: int, rounds: bool) -> None:
-        rounds = rounds and inputs.pristine.dtype in HALF_TYPES
-        self._names = (*RESULTS[:count], *(f"grad_{name}" for name in inputs.leaf_names))
-        self._exact = inputs.exact(count)
-        upstream = float(inputs.few_upstreams[:count].abs().sum(0).max())
-        factors = [*[1.0] * count, *(upstream * largest for largest in inputs.largest)]
-        plain = inputs.plain(count, rounds)
-        self._allowed = [
-            2 * distance(measure, exact)
-            + ulp(float(exact.abs().max()), measure.dtype)
-            + 2 * torch.finfo(torch.float32).eps * factor
-            for measure, exact, factor in zip(plain, self._exact, factors, strict=True)
-        ]
+    def __init__(self, inputs: LogprobInputs) -> None:
+        self._inputs = inputs
+        self._exact: dict[int, list[Tensor]] = {}
+        self._allowed: dict[tuple[int, bool, bool], list[float]] = {}
 
-    def compare(self, results: Sequence[Tensor]) -> LogprobErrors:
-        """The errors of results [N], and of gradients where there are some."""
-        known = zip(self._names, results, self._exact, self._allowed, strict=False)
-        return LogprobErrors({name: (distance(got, exact), allowed) for name, got, exact, allowed in known})
+    def compare(
+        self, results: Sequence[Tensor], count: int, *, rounds: bool = False, unshifted: bool = False
+    ) -> LogprobErrors:
+        """The errors of a call's results: the first `count` of RESULTS [N], and gradients where it computed some.
+
+        `rounds` and `unshifted` are of its contender's nature.
+        """
+        names = (*RESULTS[:count], *(f"grad_{name}" for name in self._inputs.leaf_names))
+        if len(results) not in (count, len(names)):
+            raise ValueError(f"expected {', '.join(names[:count])} and no or all gradients, got {len(results)} tensors")
+        exact = self._exact_of(count)
+        allowed = self._allowed_of(count, rounds and self._inputs.pristine.dtype in HALF_TYPES, unshifted)
+        known = zip(names, results, exact, allowed, strict=False)
+        return LogprobErrors({name: (distance(got, want), most) for name, got, want, most in known})
+
+    def _exact_of(self, count: int) -> list[Tensor]:
+        if count not in self._exact:
+            self._exact[count] = self._inputs.exact(count)
+        return self._exact[count]
+
+    def _allowed_of(self, count: int, rounds: bool, unshifted: bool) -> list[float]:
+        key = (count, rounds, unshifted)
+        if key not in self._allowed:
+            upstream = float(self._inputs.few_upstreams[:count].abs().sum(0).max())
+            factors = [*[1.0] * count, *(upstream * largest for largest in self._inputs.largest)]
+            epsilons = 2 * torch.finfo(torch.float32).eps
+            if unshifted:
+                epsilons *= max(1.0, 2 * self._inputs.largest_logit)
+            plain = self._inputs.plain(count, rounds)
+            self._allowed[key] = [
+                2 * distance(measure, exact) + ulp(float(exact.abs().max()), measure.dtype) + epsilons * factor
+                for measure, exact, factor in zip(plain, self._exact_of(count), factors, strict=True)
+            ]
+        return self._allowed[key]
 
 
 @dataclass(frozen=True)
@@ -150,9 +176,10 @@ class LogprobErrors:
 
 def distance(got: Tensor, exact: Tensor) -> float:
     """The largest error of `got`, whose rows may repeat those of `exact`."""
+    exact = exact.to(got.device)
     parts = got.detach().split(len(exact))
     # Tensors, since Python's max loses a NaN.
-    return float(torch.stack([(part.cpu().double() - exact[: len(part)].cpu()).abs().max() for part in parts]).max())
+    return float(torch.stack([(part.double() - exact[: len(part)]).abs().max() for part in parts]).max())
 
 
 def _upstreams(period: int, device: torch.device) -> Tensor:

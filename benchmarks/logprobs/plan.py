@@ -20,8 +20,8 @@ DTYPES = ("float32", "bfloat16")
 GOAL_SHAPE = ("float32", 1024, 50257)
 # Logits repeat after 32 rows: errors need no more of them than show that.
 ERROR_ROWS = 64
-# In seconds on two cores, in both types.
-HIDDEN_ROWS, HIDDEN_SIZE = 512, 768
+# GPT-2's head, with so few tokens that both types take half a minute on two cores.
+HIDDEN_ROWS, HIDDEN_SIZE = 256, 768
 
 
 @dataclass(frozen=True)
@@ -66,35 +66,32 @@ def logprob_cells(
         allocators: the regimes on a CPU.
     """
     on_gpu = device.type == "cuda"
-    every = torch.get_num_threads()
     found = []
     for level in levels:
-        counts = threads or [1 if level == LOGITS and not on_gpu else every]
+        shape_of = _of_logits if level == LOGITS else _of_hidden
         for allocator in [CACHING] if on_gpu else allocators:
-            for count in counts:
+            for count in threads or [1 if level == LOGITS and not on_gpu else torch.get_num_threads()]:
                 for dtype in sizes.dtypes or DTYPES:
-                    shape = (_of_logits if level == LOGITS else _of_hidden)(device, dtype, sizes)
+                    rows, hidden_size, vocab = shape_of(device, dtype, sizes)
                     # On a CPU the usual run times logits of the goals' type alone.
                     timed = level == HIDDEN or on_gpu or bool(sizes.dtypes) or dtype == GOAL_SHAPE[0]
-                    found.append(LogprobCell(level, dtype, *shape, count, allocator, timed))
+                    found.append(LogprobCell(level, dtype, rows, hidden_size, vocab, count, allocator, timed))
     return found
 
 
-def _of_logits(device: torch.device, dtype: str, sizes: Sizes) -> tuple[int, None, int]:
-    """Rows and vocabulary."""
+def _of_logits(device: torch.device, dtype: str, sizes: Sizes) -> tuple[int, int | None, int]:
     vocab = sizes.vocab or GOAL_SHAPE[2]
     if device.type == "cuda":
-        ((_, rows, vocab),) = shapes(device, False, [vocab], [dtype], sizes.rows)
+        ((_, rows, _),) = shapes(device, False, [vocab], [dtype], sizes.rows)
         return rows, None, vocab
     usual = GOAL_SHAPE[1] if dtype == GOAL_SHAPE[0] or sizes.dtypes else ERROR_ROWS
     return sizes.rows or usual, None, vocab
 
 
-def _of_hidden(device: torch.device, dtype: str, sizes: Sizes) -> tuple[int, int, int]:
-    """Rows, hidden size and vocabulary."""
+def _of_hidden(device: torch.device, dtype: str, sizes: Sizes) -> tuple[int, int | None, int]:
     if device.type == "cuda":
-        only = {"rows": sizes.rows, "hidden_size": sizes.hidden_size, "vocab": sizes.vocab}
-        _, *shape = linear_shapes(device, False, {name: [one] if one else [] for name, one in only.items()}, [dtype])[0]
-        rows, hidden_size, vocab = shape
+        given = {"rows": sizes.rows, "hidden_size": sizes.hidden_size, "vocab": sizes.vocab}
+        only = {name: [size] if size else [] for name, size in given.items()}
+        _, rows, hidden_size, vocab = linear_shapes(device, False, only, [dtype])[0]
         return rows, hidden_size, vocab
     return sizes.rows or HIDDEN_ROWS, sizes.hidden_size or HIDDEN_SIZE, sizes.vocab or GOAL_SHAPE[2]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mixce_kernels.backends.results import Results
+from mixce_kernels.backends.results import EntropyGrad, Results
 from mixce_kernels.backends.shards import Columns, ShardRows
 from mixce_kernels.mixture import Mixture
 from mixce_kernels.options import TokenOptions
@@ -34,9 +34,12 @@ class NoKernels:
         results: Results,
         token_scale: Tensor | None,
         grad_logits: Tensor | None,
+        temperature: Tensor | None = None,
+        *,
+        may_split: bool = True,
     ) -> None:
-        written = (results.losses, results.state, results.stats, results.correct)
-        count_launch(logits, targets, *mixture.tensors(), *written, token_scale, grad_logits)
+        written = (results.losses, results.state, results.stats, results.correct, results.entropy_state)
+        count_launch(logits, targets, *mixture.tensors(), *written, token_scale, grad_logits, temperature)
         if not reduction.is_identity:
             self.reduce(targets, options.ignore_index, reduction, results.losses, results.loss, results.token_scale)
 
@@ -60,8 +63,10 @@ class NoKernels:
         token_scale: Tensor | None,
         options: TokenOptions,
         grad_logits: Tensor,
+        temperature: Tensor | None = None,
+        entropy: EntropyGrad | None = None,
     ) -> None:
-        count_launch(logits, targets, state, grad_loss, token_scale, grad_logits)
+        count_launch(logits, targets, state, grad_loss, token_scale, grad_logits, temperature, *(entropy or ()))
 
     def scale_rows_(self, grad_logits: Tensor, grad_loss: Tensor, targets: Tensor | None, ignore_index: int) -> None:
         count_launch(grad_logits, grad_logits, grad_loss, targets)
@@ -95,7 +100,7 @@ class NoKernels:
         mixture: Mixture,
         options: TokenOptions,
         results: Results,
+        temperature: Tensor | None,
     ) -> None:
-        count_launch(
-            messages, targets, *mixture.tensors(), results.losses, results.state, results.stats, results.correct
-        )
+        written = (results.losses, results.state, results.stats, results.correct, results.entropy_state)
+        count_launch(messages, targets, *mixture.tensors(), *written, temperature)

@@ -46,6 +46,8 @@ def forward(
     token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
     temperature: Tensor | None = None,  # [...]
+    *,
+    may_split: bool = True,
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     targets = targets.contiguous()

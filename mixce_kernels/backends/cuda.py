@@ -60,17 +60,21 @@ def forward(
     token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
     temperature: Tensor | None = None,  # [...]
+    *,
+    may_split: bool = True,
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     targets, results = targets.contiguous(), results.with_losses(targets)
     layout = reachable_layout(logits)
     dtype = native.DTYPES[logits.dtype]
     state_bytes = _C.cuda_state_bytes(dtype)
+    device = _device(device_index(logits))
     launch = forward_launch(
         layout.number,
         logits.shape[-1] * logits.element_size(),
         state_bytes,
-        _device(device_index(logits)),
+        # Rows are split where they are fewer than these.
+        device if may_split else device._replace(multiprocessors=0),
         with_grad=grad_logits is not None,
         aligned_alike=grad_logits is not None
         and aligned_alike(logits, layout, grad_logits, reachable_layout(grad_logits), VECTOR_BYTES),

@@ -154,7 +154,8 @@ def grad_params(
     if temperature is not None or entropy is not None:
         upstream, entropy_state = (None, None) if entropy is None else entropy
         temperature = add_logprobs(rows, state.dtype, temperature, upstream, entropy_state)
-    return rows, (targets, state, grad_loss, temperature, entropy)
+        return rows, (targets, state, grad_loss, temperature, upstream, entropy_state)
+    return rows, (targets, state, grad_loss)
 
 
 def _of_tokens(numbers: Tensor, targets: Tensor) -> Tensor:

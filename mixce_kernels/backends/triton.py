@@ -43,11 +43,15 @@ def forward(
     token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
     temperature: Tensor | None = None,  # [...]
+    *,
+    may_split: bool = True,
 ) -> None:
     """Loss, state and statistics, with the gradient where `grad_logits` is given: see `Backend`."""
     rows, results = reachable_layout(logits), results.with_losses(targets)
     if rows.number > 0:
-        _forward_rows(logits, rows, targets, mixture, options, results, token_scale, grad_logits, temperature)
+        _forward_rows(
+            logits, rows, targets, mixture, options, results, token_scale, grad_logits, temperature, may_split
+        )
     if not reduction.is_identity:
         reduce(targets, options.ignore_index, reduction, results.losses, results.loss, results.token_scale)
 
@@ -62,6 +66,7 @@ def _forward_rows(
     token_scale: Tensor | None,  # [] or [...]
     grad_logits: Tensor | None,  # [..., V]
     temperature: Tensor | None,  # [...]
+    may_split: bool,
 ) -> None:
     losses, stats, has_grad = results.losses, results.stats, grad_logits is not None
     assert losses is not None
@@ -77,7 +82,8 @@ def _forward_rows(
             with_stats=stats is not None,
             same_window=same_window,
             arch=triton_arch() if has_grad else 0,
-            multiprocessors=multiprocessors(logits),
+            # Rows are split where they are fewer than these.
+            multiprocessors=multiprocessors(logits) if may_split else 0,
         )
         launch(
             logits_ptr=logits,

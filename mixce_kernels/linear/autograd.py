@@ -136,8 +136,8 @@ def differentiable_grads(
         results, upstream = zip(
             *results_of(linear_logits(hidden, one.weight, one.bias, valid, call.compute_dtype)), strict=True
         )
-        upstream = [grad.to(result.dtype).expand(result.shape) for result, grad in zip(results, upstream, strict=True)]
-        found = torch.autograd.grad(results, list(leaves.values()), upstream, create_graph=True)
+        grads = [grad.to(result.dtype).expand(result.shape) for result, grad in zip(results, upstream, strict=True)]
+        found = torch.autograd.grad(results, list(leaves.values()), grads, create_graph=True)
         return dict(zip(leaves, found, strict=True))
 
 

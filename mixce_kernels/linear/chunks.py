@@ -94,7 +94,7 @@ def forward(
     grads: Grads,  # written, of sum(token_scale * losses)
     temperature: Tensor | None = None,  # [N]
     *,
-    pads: bool = False,  # whether products have LEAST_ROWS at least, of zeros where the budget allows it
+    batch_invariant: bool = False,  # whether a token's numbers must not depend on the others', as far as can be had
 ) -> None:
     """Losses, state and statistics of the tokens, and the gradients of their weighted sum that are wanted.
 
@@ -102,7 +102,7 @@ def forward(
     """
     kernels = backends.vocabulary(call.backend).kernels
     wants_grads = any(one is not None for one in grads)
-    chunks = _Chunks(call, columns, token_scale, grads, pads=pads)
+    chunks = _Chunks(call, columns, token_scale, grads, batch_invariant=batch_invariant)
     of_tokens = _of_tokens(results)
     if chunks.kept is not None:
         for one in of_tokens:
@@ -119,7 +119,7 @@ def forward(
         grad_logits = chunk.logits if wants_grads else None
         kernels.forward(
             chunk.logits, chunk.targets, call.mixture.of_rows(chunk.rows), call.options, NO_REDUCTION, part,
-            chunk.scale, grad_logits, chunk.of_each(temperature),
+            chunk.scale, grad_logits, chunk.of_each(temperature), may_split=not batch_invariant,
         )  # fmt: skip
         for one, its_part in zip(of_tokens, _of_tokens(part), strict=True):
             one[..., chunk.rows] = its_part
@@ -137,14 +137,14 @@ def grad(
     temperature: Tensor | None = None,  # [N]
     entropy: EntropyGrad | None = None,  # of [N]
     *,
-    pads: bool = False,  # as in the forward
+    batch_invariant: bool = False,  # as in the forward
 ) -> None:
     """The gradients of sum(upstream * losses), from the state of the forward; the logits are computed once more.
 
     With `entropy` those of sum(entropy.upstream * entropies) are among them.
     """
     kernels = backends.vocabulary(call.backend).kernels
-    chunks = _Chunks(call, columns, upstream, grads, entropy, pads=pads)
+    chunks = _Chunks(call, columns, upstream, grads, entropy, batch_invariant=batch_invariant)
     for chunk in chunks:
         chunk_state = chunk.of(state).contiguous()
         kernels.logits_grad(
@@ -191,10 +191,10 @@ class _Chunks:
         grads: Grads,
         entropy: EntropyGrad | None = None,
         *,
-        pads: bool = False,
+        batch_invariant: bool = False,
     ) -> None:
         self.call = call
-        self.least_rows = LEAST_ROWS.get(call.weight.device.type, 1) if pads else 1
+        self.least_rows = LEAST_ROWS.get(call.weight.device.type, 1) if batch_invariant else 1
         self.columns = max(columns, 1)
         self.scale = None if scale is None else scale.expand(call.targets.shape)
         self.grad_hidden, self.grad_weight, self.grad_bias = grads

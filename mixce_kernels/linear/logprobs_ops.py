@@ -61,7 +61,7 @@ def linear_token_logprobs(args: LinearTokenLogprobs) -> tuple[Tensor | None, ...
     call, results = args.call, _empty_results(args)
     with without_autocast(call.hidden):
         columns = columns_of_chunks(call, args.with_entropy, args.temperature)
-        chunks.forward(call, columns, results, None, NO_GRADS, args.temperature, pads=True)
+        chunks.forward(call, columns, results, None, NO_GRADS, args.temperature, batch_invariant=True)
     return returned(results)
 
 
@@ -71,7 +71,9 @@ def linear_logprobs_grad(args: LinearLogprobsGrad) -> AllGrads:
     upstream = args.grad_logprobs.expand(call.targets.shape).double()
     entropy = entropy_grad(args.grad_entropy, args.entropy_state)
     with without_autocast(call.hidden):
-        chunks.grad(call, columns_again(call), args.state, upstream, wanted, args.temperature, entropy, pads=True)
+        chunks.grad(
+            call, columns_again(call), args.state, upstream, wanted, args.temperature, entropy, batch_invariant=True
+        )
         add_up(call, wanted)
     return grads
 

@@ -63,8 +63,9 @@ def token_logprobs(args: TokenLogprobs) -> tuple[Tensor | None, ...]:
     results = _empty_results(args)
     kernels = backends.vocabulary(args.backend).kernels
     kernels.forward(
-        args.logits, args.targets, LOGPROBS, args.options, NO_REDUCTION, results, None, None, args.temperature
-    )
+        args.logits, args.targets, LOGPROBS, args.options, NO_REDUCTION, results, None, None, args.temperature,
+        may_split=False,
+    )  # fmt: skip
     return returned(results)
 
 

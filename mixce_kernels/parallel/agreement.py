@@ -181,7 +181,8 @@ def check_partition(ranges: list[Columns], vocab_size: int | None) -> None:
 
 _NAMES = {
     "tokens": "number of tokens",
-    "return_stats": "answer to return_stats",
+    "return_stats": "answer to return_stats or return_entropy",
+    "logit_scale": "logit_scale (of a temperature that is a number, divided by it)",
     "first": "first parameter of the weighting",
     "second": "second parameter of the weighting",
     "hidden_size": "hidden size",

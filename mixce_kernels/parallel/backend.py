@@ -109,6 +109,8 @@ class ShardBackend:
         token_scale: Tensor | None,  # [] or [...]
         grad_logits: Tensor | None,  # [..., columns]
         temperature: Tensor | None = None,  # [...]
+        *,
+        may_split: bool = True,
     ) -> None:
         """Loss, state and statistics of the whole rows, and the shard's gradient where `grad_logits` is given.
 
@@ -122,7 +124,9 @@ class ShardBackend:
         signature = shard.signature(logits.shape[-1], facts)
         if shard.check_group:
             agreement.meet(signature, group, logits)
-        messages = all_gather(self._message(logits, targets, options, signature, results, temperature), group)
+        messages = all_gather(
+            self._message(logits, targets, options, signature, results, temperature, may_split), group
+        )
         if shard.check_group and self.checks_targets:
             _check_headers(_headers(messages), signature, group)
         not_held = self.shards.merge_messages(messages, targets, mixture, options, results, temperature)
@@ -184,6 +188,7 @@ class ShardBackend:
         signature: Signature,
         results: Results,
         temperature: Tensor | None,
+        may_split: bool,
     ) -> Tensor:
         """What this rank tells the others: the header, and its numbers of each token one after another."""
         columns, with_stats = signature.columns, results.stats is not None
@@ -191,7 +196,7 @@ class ShardBackend:
         message = results.loss.new_empty(HEADER + numbers * targets.numel())
         rows = None
         if columns.number > 0:
-            rows = self._rows(logits, targets, options, columns, with_stats, temperature)
+            rows = self._rows(logits, targets, options, columns, with_stats, temperature, may_split)
         self.shards.write_message(message, signature.digest(), columns, targets, rows, options, with_stats)
         return message
 
@@ -203,6 +208,7 @@ class ShardBackend:
         columns: Columns,
         with_stats: bool,
         temperature: Tensor | None,
+        may_split: bool,
     ) -> ShardRows:
         """What the row kernels find in this rank's columns."""
         logits = narrowed(logits, columns.number)
@@ -212,7 +218,9 @@ class ShardBackend:
         # With eta = 1 the loss is the cross-entropy: nll, or with a smoothing of 1 what the mean is made from.
         alone = TokenOptions(IGNORED, float(smooth), 0.0, options.softcap, options.logit_scale)
         results = empty_results(logits, targets, NO_REDUCTION, with_state=True, with_stats=smooth or with_stats)
-        self.backend.forward(logits, local, Mixture(), alone, NO_REDUCTION, results, None, None, temperature)
+        self.backend.forward(
+            logits, local, Mixture(), alone, NO_REDUCTION, results, None, None, temperature, may_split=may_split
+        )
         if not with_stats or options.softcap is None:
             return ShardRows(results, None)
         # A softcap may make different logits equal: the largest before it is that of a forward without one.

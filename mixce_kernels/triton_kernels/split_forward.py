@@ -6,7 +6,7 @@ import triton.language as tl
 
 from mixce_kernels.triton_kernels.epilogue import column_of, finish_ignored_row, finish_rows, mixture_of, results_of
 from mixce_kernels.triton_kernels.jit import kernel
-from mixce_kernels.triton_kernels.mixce_math import scale_of, transform_of
+from mixce_kernels.triton_kernels.mixce_math import transform_of
 from mixce_kernels.triton_kernels.row_layout import head_of, rest_of, row_offset
 from mixce_kernels.triton_kernels.row_stats import (
     PARTIALS,
@@ -23,7 +23,6 @@ from mixce_kernels.triton_kernels.row_stats import (
 def partial_stats_kernel(
     logits_ptr,  # [N, V] as rows
     targets_ptr,  # [N]
-    temperature_ptr,  # [N], or None
     partial_ptr,  # [N, PARTIALS, n_tiles]
     vocab_size: tl.int32,
     n_steps: tl.int32,
@@ -53,7 +52,7 @@ def partial_stats_kernel(
         return
 
     real: tl.constexpr = partial_ptr.dtype.element_ty
-    transform = transform_of(scale_of(diff_scale, temperature_ptr, row), cap, tanh_scale, real)
+    transform = transform_of(diff_scale, cap, tanh_scale, real)
     logits_ptr += row_offset(row, inner, outer_stride, inner_stride)
     known, target_column = column_of(target, vocab_size)
     x_target = tl.load(logits_ptr + target_column, mask=known, other=0.0).to(real)
@@ -79,12 +78,10 @@ def merge_kernel(
     targets_ptr,  # [N]
     eta_ptr,  # [N], where HAS_ETA
     parameters_ptr,  # [2, N], or None
-    temperature_ptr,  # [N], or None
     loss_ptr,  # [N]
     state_ptr,  # [STATE_WIDTH, N], or None
     stats_ptr,  # [STATS_WIDTH, N], where STATS
     correct_ptr,  # [N], where STATS
-    entropy_state_ptr,  # [ENTROPY_STATE_WIDTH, N], where STATS, or None
     partial_ptr,  # [N, PARTIALS, n_tiles]
     n_rows: tl.int64,
     vocab_size: tl.int32,
@@ -111,14 +108,14 @@ def merge_kernel(
 ):
     """One program a row: merges what the programs of its tiles left, in their order, and writes 6 numbers."""
     row = tl.program_id(0)
-    results = results_of(row, loss_ptr, state_ptr, stats_ptr, correct_ptr, entropy_state_ptr)
+    results = results_of(row, loss_ptr, state_ptr, stats_ptr, correct_ptr, None)
     target = tl.load(targets_ptr + row).to(tl.int64)
     if target == ignore_index:
         finish_ignored_row(results, n_rows, STATS)
         return
 
     real: tl.constexpr = loss_ptr.dtype.element_ty
-    transform = transform_of(scale_of(diff_scale, temperature_ptr, row), cap, tanh_scale, real)
+    transform = transform_of(diff_scale, cap, tanh_scale, real)
     logits_ptr += row_offset(row, inner, outer_stride, inner_stride)
     known, target_column = column_of(target, vocab_size)
     x_target = tl.load(logits_ptr + target_column, mask=known, other=0.0).to(real)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixce_kernels import fused_linear_token_logprobs, fused_token_logprobs, fused_mixce_loss
+from mixce_kernels import fused_linear_token_logprobs, fused_mixce_loss, fused_token_logprobs
 from mixce_kernels.linear import logprobs_ops as linear_ops
 from mixce_kernels.linear.chunks import LinearCall
 from mixce_kernels.logits import logprobs_ops

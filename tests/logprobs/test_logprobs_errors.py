@@ -57,12 +57,12 @@ def test_wrong_arguments(name: str, of: str, backend: str, device: str) -> None:
         for key, value in keywords.items()
     }
     moved = {"targets": torch.zeros(2, 3, dtype=torch.int64, device=device), "backend": backend} | moved
+    function, tensors = fused_token_logprobs, [torch.zeros(2, 3, 8, device=device)]
+    if of == "hidden":
+        function = fused_linear_token_logprobs
+        tensors = [torch.zeros(shape, device=device) for shape in ((2, 3, 4), (8, 4))]
     with pytest.raises(error, match=sentence) as raised:
-        if of == "logits":
-            fused_token_logprobs(torch.zeros(2, 3, 8, device=device), **moved)
-        else:
-            hidden, weight = torch.zeros(2, 3, 4, device=device), torch.zeros(8, 4, device=device)
-            fused_linear_token_logprobs(hidden, weight, **moved)
+        function(*tensors, **moved)
     assert_sentence(raised)
 
 

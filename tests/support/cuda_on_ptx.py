@@ -18,6 +18,7 @@ from ptx_on_cpu import cudart
 
 from support.cases import BFLOAT16, DTYPES, FLOAT32, FLOAT64, Case
 from support.figures import assert_figures
+from support.logprobs_on_ptx import check_figures_of_logprobs, check_logprobs
 from support.oracle import Options
 
 ORDERS = (("forward", 0), ("reverse", 0), ("shuffled", 5))
@@ -87,6 +88,13 @@ def check_figures(runtime: Any, vocab_size: int) -> None:
     fused_mixce_loss(logits, targets, weighting=Power(0.5), backend="cuda")
     assert assert_counted("forward") <= 1.001 * instructions
 
+    def counted() -> dict[str, Any]:
+        counters = runtime.counters()
+        runtime.clear()
+        return counters
+
+    check_figures_of_logprobs("cuda", vocab_size, counted)
+
 
 def main() -> None:
     """Raises AssertionError at the first result that is off, and RuntimeError at a kernel's fault."""
@@ -119,6 +127,7 @@ def main() -> None:
             check(fresh, fresh.oracle(), loss, grad)
             launched |= {launch["kernel"] for launch in runtime.launches()}
             runtime.clear()
+        check_logprobs("cuda")
         for number, case in FEW:
             check_case(number, case, "cuda")
         for one in CHECKS:

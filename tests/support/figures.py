@@ -20,12 +20,16 @@ FIGURES = {
         "forward": Figures(2.12, 0.01, 1.08, 8.0),
         "backward": Figures(2.12, 2.01, 1.02, 8.0),
         "grad_in_forward": Figures(2.12, 2.01, 2.1, 16.0),
+        "logprobs_forward": Figures(2.12, 0.01, 1.08, 14.0),
+        "logprobs_backward": Figures(2.12, 2.01, 1.02, 10.0),
     },
     "triton": {
         "forward": Figures(2.12, 0.01, 1.08, 11.0),
         "backward": Figures(2.12, 2.01, 1.02, 11.0),
         # In a cluster of 8 more threads load the row's few numbers, from a cache, and make their own of them.
         "grad_in_forward": Figures(2.2, 2.01, 2.15, 22.0),
+        "logprobs_forward": Figures(2.12, 0.01, 1.08, 22.0),
+        "logprobs_backward": Figures(2.12, 2.01, 1.02, 13.0),
     },
 }
 # Of the bytes, those in accesses of 16.

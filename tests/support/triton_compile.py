@@ -37,6 +37,9 @@ TARGETS = {f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 90, 100, 1
 TARGETS["gfx942"] = GPUTarget("hip", "gfx942", 64)
 ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 OPTIONS = ("CAP", "SMOOTH", "STATS", "HAS_ETA", "HAS_GRAD")
+# Pointers that calls of losses leave out: those with "LOGPROBS" among their options have them.
+LOGPROBS = "LOGPROBS"
+OF_LOGPROBS = frozenset(("temperature_ptr", "entropy_state_ptr", "grad_entropy_ptr"))
 # The kernels of a split forward.
 SPLIT = ("partial_stats", "merge")
 # For sm_90 and halves: 7 and 24 steps in a program, 24 in a cluster of 2, 15 in one of 8, of twice the threads as well,
@@ -78,6 +81,8 @@ def variants(name: str) -> list[tuple[str, Variant]]:
         {"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": 0},
         {"kernel": "forward", "options": OPTIONS, "vocab_size": 0},
         {"kernel": "logits_grad", "options": ("CAP",)},
+        {"kernel": "forward", "options": ("CAP", "STATS", LOGPROBS)},
+        {"kernel": "logits_grad", "options": ("CAP", LOGPROBS)},
         *({"kernel": kernel, "options": OPTIONS} for kernel in SPLIT),
     ]
     light: list[dict[str, Any]] = [
@@ -88,6 +93,10 @@ def variants(name: str) -> list[tuple[str, Variant]]:
         *({"kernel": "forward", "options": OPTIONS, "vocab_size": size} for size in HELD_SIZES),
         {"kernel": "logits_grad"},
         {"kernel": "logits_grad", "same_window": False},
+        {"kernel": "forward", "options": (LOGPROBS,)},
+        {"kernel": "forward", "options": ("STATS", LOGPROBS)},
+        {"kernel": "logits_grad", "options": (LOGPROBS,)},
+        {"kernel": "logits_grad", "options": (LOGPROBS,), "same_window": False},
         {"kernel": "scale_rows"},
         *({"kernel": kernel} for kernel in SPLIT),
         *({"kernel": "partial_stats", "options": (option,)} for option in ("CAP", "SMOOTH", "STATS")),
@@ -160,7 +169,8 @@ def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
     (module,) = (one for one in (forward, gradient, split_forward) if hasattr(one, f"{variant.kernel}_kernel"))
     pointers = {"logits_ptr": variant.dtype, "grad_ptr": variant.dtype, "targets_ptr": "i64", "correct_ptr": "i1"}
     function = getattr(module, f"{variant.kernel}_kernel")
-    return compiled(function, target, variant.dtype, pointers, constants, options)
+    left_out = frozenset() if LOGPROBS in variant.options else OF_LOGPROBS
+    return compiled(function, target, variant.dtype, pointers, constants, options, left_out)
 
 
 def compiled(
@@ -170,10 +180,12 @@ def compiled(
     pointers: dict[str, str],
     constants: dict[str, Any],
     options: dict[str, int],
+    left_out: frozenset[str] = frozenset(),
 ) -> CompiledKernel:
     """A kernel with no address, size or stride known to be a multiple of anything.
 
-    Pointers that are not named point to numbers of the type of sums; tokens' factors in the loss are float64.
+    Pointers that are not named point to numbers of the type of sums; tokens' factors in the loss are float64. Those
+    that are `left_out` are None.
     """
     pointers = {"token_scale_ptr": "fp64", **pointers}
     real = "fp64" if dtype == "fp64" else "fp32"
@@ -182,6 +194,9 @@ def compiled(
         if param.is_constexpr:
             signature[param.name] = "constexpr"
             constexprs[(index,)] = constants[param.name]
+        elif param.name in left_out:
+            signature[param.name] = "constexpr"
+            constexprs[(index,)] = None
         elif param.name.endswith("_ptr"):
             signature[param.name] = "*" + pointers.get(param.name, real)
         else:

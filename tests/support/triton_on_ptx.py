@@ -16,6 +16,7 @@ from support.cases import DTYPES, Case
 from support.figures import FIGURES, assert_figures
 from support.inputs import build
 from support.launches import check_launches_of_reductions
+from support.logprobs_on_ptx import check_figures_of_logprobs, check_logprobs
 from support.loss_checks import check_statistics
 from support.oracle import Options
 from support.shard_checks import CHECKS, FEW, check_case, check_launches
@@ -160,6 +161,11 @@ def check_figures(launches: list[Any]) -> None:
             assert_figures("triton", step, launch.counters, logits.numel())
         assert weighted.counters["instructions"] <= 1.03 * plain.counters["instructions"]
 
+        def counted() -> dict[str, Any]:
+            return of_rows(launches)[-1].counters
+
+        check_figures_of_logprobs("triton", vocab_size, counted)
+
     # With each option, too; and of rows fewer than the multiprocessors each one is split.
     for vocab_size, keywords in itertools.product(
         (50257, 128256), ({"label_smoothing": 0.1}, {"return_stats": True}, {"softcap": 30.0})
@@ -212,6 +218,7 @@ def main() -> None:
             ptx_on_cpu.configure(order=order, seed=1, races=True)
             check_results(launches)
             check_all_statistics()
+            check_logprobs("triton")
             for case in SPLIT:
                 check_split(case)
             check_bad_targets_of_split_rows()
