@@ -37,9 +37,12 @@ MIXCE_INLINE Real upstream_at(const RowParams& p, Index row) {
   return static_cast<Real>(grad_loss * p.token_scale[row * p.token_scale_stride]);
 }
 
+// NaN unless it is positive, so that the row's results are.
 template <typename Real, typename Index>
 MIXCE_INLINE double temperature_at(const RowParams& p, Index row) {
-  return p.temperature == nullptr ? 1 : static_cast<const Real*>(p.temperature)[row * p.temperature_stride];
+  if (p.temperature == nullptr) return 1;
+  const double temperature = static_cast<const Real*>(p.temperature)[row * p.temperature_stride];
+  return temperature > 0 ? temperature : NAN;
 }
 
 // The factor from a row's differences of (capped) logits to those of exponents.

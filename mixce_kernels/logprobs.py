@@ -45,8 +45,8 @@ def fused_token_logprobs(
             `logits[:, :-1]`. Arithmetic is float32 (float64 for float64 logits), also under autocast.
         targets: [...], int64 or int32, class indices in [0, V) or `ignore_index`: the tokens that were sampled.
         temperature: what z is divided by, positive: a number, or a floating tensor that broadcasts to targets' shape
-            and is read on the device. Must not require a gradient; the forward's values count, also where the tensor is
-            overwritten before backward.
+            and is read on the device, where an entry that is not positive makes its own row NaN. Must not require a
+            gradient; the forward's values count, also where the tensor is overwritten before backward.
         ignore_index: tokens with this target have log-probability, entropy and gradient 0; their logits are not read.
         softcap: bound of the capped logits, or None.
         logit_scale: factor of the logits, positive.

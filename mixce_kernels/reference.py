@@ -136,7 +136,8 @@ def exponents(
     if options.softcap is not None:
         z, scale = options.softcap * torch.tanh(options.logit_scale * z / options.softcap), 1.0
     if temperature is not None:
-        scale = torch.where(valid, scale / temperature.to(z.dtype), 1.0)
+        divisor = torch.where(temperature > 0, temperature, torch.nan).to(z.dtype)
+        scale = torch.where(valid, scale / divisor, 1.0)
     # The difference comes before the scale: logits near 1e5 keep their digits.
     m = largest(z)
     return scale * m, (scale if isinstance(scale, float) else scale.unsqueeze(-1)) * (z - m.unsqueeze(-1))

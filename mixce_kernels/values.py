@@ -22,7 +22,7 @@ def concrete(number: Any) -> Any:
 def check_constant(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
         raise ValueError(
-            f"expected {name} without requires_grad, since the loss is not differentiated by it, got one with"
+            f"expected {name} without requires_grad, since nothing is differentiated by it, got one with"
         )
 
 

@@ -50,18 +50,6 @@ def upstream_of(grad_loss_ptr, token_scale_ptr, row, loaded, grad_loss_stride, t
 
 
 @triton.jit
-def results_of(row, loss_ptr, state_ptr, stats_ptr, correct_ptr, entropy_state_ptr):
-    """Where a row's results are."""
-    return (
-        loss_ptr + row,
-        state_ptr if state_ptr is None else state_ptr + row,
-        stats_ptr + row,
-        correct_ptr + row,
-        entropy_state_ptr if entropy_state_ptr is None else entropy_state_ptr + row,
-    )
-
-
-@triton.jit
 def finish_rows(
     results,  # addresses of loss, state, stats, correct and entropy_state
     n_rows,
@@ -130,17 +118,17 @@ def store(ptr, value, written, valid):
 
 
 @triton.jit
-def finish_ignored_row(results, n_rows, STATS: tl.constexpr):
+def finish_ignored_row(results, n_rows, row, STATS: tl.constexpr):
     """Stores the results of an ignored row, all 0."""
     loss_ptr, state_ptr, stats_ptr, correct_ptr, entropy_state_ptr = results
-    tl.store(loss_ptr, 0.0)
+    tl.store(loss_ptr + row, 0.0)
     if state_ptr is not None:
         for i in tl.static_range(STATE_WIDTH):
-            tl.store(state_ptr + i * n_rows, 0.0)
+            tl.store(state_ptr + i * n_rows + row, 0.0)
     if STATS:
         for i in tl.static_range(STATS_WIDTH):
-            tl.store(stats_ptr + i * n_rows, 0.0)
-        tl.store(correct_ptr, False)
+            tl.store(stats_ptr + i * n_rows + row, 0.0)
+        tl.store(correct_ptr + row, False)
     if entropy_state_ptr is not None:
         for i in tl.static_range(ENTROPY_STATE_WIDTH):
-            tl.store(entropy_state_ptr + i * n_rows, 0.0)
+            tl.store(entropy_state_ptr + i * n_rows + row, 0.0)

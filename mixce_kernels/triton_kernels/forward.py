@@ -10,7 +10,6 @@ from mixce_kernels.triton_kernels.epilogue import (
     finish_ignored_row,
     finish_rows,
     mixture_of,
-    results_of,
     upstream_of,
 )
 from mixce_kernels.triton_kernels.jit import kernel
@@ -93,12 +92,12 @@ def forward_kernel(
     STEP: tl.constexpr = CTAS * LANES * VECTOR
     BLOCK: tl.constexpr = STACK * STEP
     row = tl.program_id(0)
-    results = results_of(row, loss_ptr, state_ptr, stats_ptr, correct_ptr, entropy_state_ptr)
+    results = (loss_ptr, state_ptr, stats_ptr, correct_ptr, entropy_state_ptr)
     target = tl.load(targets_ptr + row).to(tl.int64)
     if HAS_GRAD:
         grad_ptr += row_offset(row, grad_inner, grad_outer_stride, grad_inner_stride)
     if target == ignore_index:
-        finish_ignored_row(results, n_rows, STATS)
+        finish_ignored_row(results, n_rows, row, STATS)
         if HAS_GRAD:
             fill_zeros(grad_ptr, vocab_size, n_steps, 0, n_steps, CTAS, LANES, VECTOR, REST)
         return
@@ -145,7 +144,7 @@ def forward_kernel(
     cta = tl.arange(0, CTAS)[:, None]
     mixture = mixture_of(eta_ptr, parameters_ptr, row, n_rows, eta_stride, eta_value, weighting, first, second, HAS_ETA)
     state = finish_rows(
-        results, n_rows, 0 * cta, cta == 0, None, lanes, x_target, known, mixture, vocab_size, transform,
+        results, n_rows, row + 0 * cta, cta == 0, None, lanes, x_target, known, mixture, vocab_size, transform,
         (label_smoothing, z_loss), SMOOTH, CAP, STATS,
     )  # fmt: skip
 

@@ -57,10 +57,11 @@ def as_real(value, dtype: tl.constexpr):
 
 @triton.jit
 def scale_of(scale, temperature_ptr, row):
-    """A scale of exponents divided by a token's temperature, in float64."""
+    """A scale of exponents divided by a token's temperature, in float64; NaN unless that is positive."""
     scale = as_real(scale, tl.float64)
     if temperature_ptr is not None:
-        scale = scale / tl.load(temperature_ptr + row).to(tl.float64)
+        temperature = tl.load(temperature_ptr + row).to(tl.float64)
+        scale = tl.where(temperature > 0.0, scale / temperature, float("nan"))
     return scale
 
 

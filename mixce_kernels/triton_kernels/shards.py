@@ -174,7 +174,8 @@ def merge_messages_kernel(
     target = tl.load(targets_ptr + row, mask=in_rows, other=0).to(tl.int64)
     scale = as_real(diff_scale, tl.float64)
     if temperature_ptr is not None:
-        scale = scale / tl.load(temperature_ptr + row, mask=in_rows, other=1.0).to(tl.float64)
+        temperature = tl.load(temperature_ptr + row, mask=in_rows, other=1.0).to(tl.float64)
+        scale = tl.where(temperature > 0.0, scale / temperature, float("nan"))
     numbers_ptr = messages_ptr + HEADER + row
     zero = tl.full((TOKENS,), 0.0, tl.float64)
     nothing = tl.full((TOKENS,), float("-inf"), tl.float64)

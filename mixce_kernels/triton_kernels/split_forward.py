@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import triton.language as tl
 
-from mixce_kernels.triton_kernels.epilogue import column_of, finish_ignored_row, finish_rows, mixture_of, results_of
+from mixce_kernels.triton_kernels.epilogue import column_of, finish_ignored_row, finish_rows, mixture_of
 from mixce_kernels.triton_kernels.jit import kernel
 from mixce_kernels.triton_kernels.mixce_math import transform_of
 from mixce_kernels.triton_kernels.row_layout import head_of, rest_of, row_offset
@@ -108,10 +108,10 @@ def merge_kernel(
 ):
     """One program a row: merges what the programs of its tiles left, in their order, and writes 6 numbers."""
     row = tl.program_id(0)
-    results = results_of(row, loss_ptr, state_ptr, stats_ptr, correct_ptr, None)
+    results = (loss_ptr, state_ptr, stats_ptr, correct_ptr, None)
     target = tl.load(targets_ptr + row).to(tl.int64)
     if target == ignore_index:
-        finish_ignored_row(results, n_rows, STATS)
+        finish_ignored_row(results, n_rows, row, STATS)
         return
 
     real: tl.constexpr = loss_ptr.dtype.element_ty
@@ -124,6 +124,6 @@ def merge_kernel(
     lanes = merge_lanes(lanes, transform[0], SMOOTH, STATS)
     mixture = mixture_of(eta_ptr, parameters_ptr, row, n_rows, eta_stride, eta_value, weighting, first, second, HAS_ETA)
     finish_rows(
-        results, n_rows, tl.zeros((1, 1), tl.int32), tl.full((1, 1), True, tl.int1), None, lanes, x_target, known,
+        results, n_rows, row + tl.zeros((1, 1), tl.int32), tl.full((1, 1), True, tl.int1), None, lanes, x_target, known,
         mixture, vocab_size, transform, (label_smoothing, z_loss), SMOOTH, CAP, STATS,
     )  # fmt: skip

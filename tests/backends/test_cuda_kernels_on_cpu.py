@@ -28,6 +28,7 @@ KERNELS = (
     "loss/test_edge_cases.py",
     "loss/test_stats.py",
 )
+LOGPROBS = ("logprobs/test_logprobs.py", "logprobs/test_batch_invariance.py")
 FILES = (
     *KERNELS,
     "loss/test_inplace.py",
@@ -35,12 +36,19 @@ FILES = (
     "loss/test_modules.py",
     "loss/test_autograd.py",
     "loss/test_weightings.py",
+    *LOGPROBS,
 )
-PARALLEL = ("parallel/test_shard_kernels.py", "parallel/test_vocab_parallel.py", "gpu/test_gpu_parallel.py")
+PARALLEL = (
+    "parallel/test_shard_kernels.py",
+    "parallel/test_vocab_parallel.py",
+    "logprobs/test_logprobs_parallel.py",
+    "gpu/test_gpu_parallel.py",
+)
 LINEAR = (
     "linear/test_linear.py",
     "linear/test_linear_autograd.py",
     "linear/test_linear_training.py",
+    "logprobs/test_linear_logprobs.py",
     "gpu/test_gpu_linear.py",
 )
 # Not the settings of the process that these tests run in.

@@ -40,6 +40,8 @@ JOBS = [
             ("installed", "loss/test_loss.py"),
             ("installed", "loss/test_edge_cases.py loss/test_inplace.py loss/test_reductions.py"),
             ("installed", "loss/test_stats.py loss/test_weightings.py"),
+            ("installed", "logprobs/test_logprobs.py logprobs/test_batch_invariance.py"),
+            ("installed", "logprobs/test_linear_logprobs.py logprobs/test_logprobs_parallel.py"),
             ("installed", "linear/test_linear.py"),
             ("installed", "parallel/test_vocab_parallel.py parallel/test_shard_kernels.py"),
             ("newest", "backends/test_triton_interpreter.py"),

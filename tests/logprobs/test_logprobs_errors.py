@@ -85,3 +85,21 @@ def test_a_temperature_of_an_ignored_token_does_not_matter(backend: str, device:
     (grad,) = torch.autograd.grad(sum(one.sum() for one in found), logits)
     assert not grad[1].any()
     assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_a_temperature_that_is_not_positive_makes_its_row_nan(
+    dtype: torch.dtype, softcap: float | None, backend: str, device: str
+) -> None:
+    """As a target out of range does on a GPU: no number that could be taken for a result, and no other row."""
+    logits = torch.randn(5, 40, device=device).to(dtype).requires_grad_()
+    targets = torch.arange(5, device=device)
+    temperature = torch.tensor([1.0, 0.0, -1.0, nan, 2.0], device=device)
+    found = fused_token_logprobs(
+        logits, targets, temperature=temperature, softcap=softcap, return_entropy=True, backend=backend
+    )
+    (grad,) = torch.autograd.grad(sum(one.sum() for one in found), logits)
+    expected = [False, True, True, True, False]
+    assert all(one.isnan().tolist() == expected for one in found)
+    assert grad.isnan().all(1).tolist() == grad.isnan().any(1).tolist() == expected

@@ -18,7 +18,6 @@ from ptx_on_cpu import cudart
 
 from support.cases import BFLOAT16, DTYPES, FLOAT32, FLOAT64, Case
 from support.figures import assert_figures
-from support.logprobs_on_ptx import check_figures_of_logprobs, check_logprobs
 from support.oracle import Options
 
 ORDERS = (("forward", 0), ("reverse", 0), ("shuffled", 5))
@@ -67,6 +66,7 @@ def check_figures(runtime: Any, vocab_size: int) -> None:
     """Speed that can be seen without a GPU: each logit is read once, in whole vectors, with few instructions."""
     from mixce_kernels import fused_mixce_loss
     from mixce_kernels.weightings import Power
+    from support.logprobs_on_ptx import check_figures_of_logprobs
 
     logits = torch.randn(64, vocab_size, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
     targets = torch.arange(64)
@@ -105,6 +105,7 @@ def main() -> None:
     from mixce_kernels import fused_mixce_loss
     from support.inputs import build
     from support.launches import check_launches_of_reductions
+    from support.logprobs_on_ptx import check_logprobs
     from support.loss_checks import check, check_statistics
     from support.shard_checks import CHECKS, FEW, check_case, check_launches
     from support.watched import Watched

@@ -39,6 +39,9 @@ ITEMSIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 OPTIONS = ("CAP", "SMOOTH", "STATS", "HAS_ETA", "HAS_GRAD")
 # Pointers that calls of losses leave out: those with "LOGPROBS" among their options have them.
 LOGPROBS = "LOGPROBS"
+# A forward of a loss that no gradient follows leaves out these, too.
+BARE = "BARE"
+NOT_BARE = frozenset(("state_ptr", "parameters_ptr", "token_scale_ptr"))
 OF_LOGPROBS = frozenset(("temperature_ptr", "entropy_state_ptr", "grad_entropy_ptr"))
 # The kernels of a split forward.
 SPLIT = ("partial_stats", "merge")
@@ -87,6 +90,9 @@ def variants(name: str) -> list[tuple[str, Variant]]:
     ]
     light: list[dict[str, Any]] = [
         {"kernel": "forward"},
+        {"kernel": "forward", "options": (BARE,)},
+        {"kernel": "forward", "options": ("STATS", BARE)},
+        {"kernel": "merge", "options": (BARE,)},
         *({"kernel": "forward", "options": (option,)} for option in OPTIONS if option != "HAS_GRAD"),
         # Rows that one program holds, as many vectors as it may, or a cluster of any size, or none.
         *({"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": size} for size in HELD_SIZES),
@@ -170,6 +176,10 @@ def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
     pointers = {"logits_ptr": variant.dtype, "grad_ptr": variant.dtype, "targets_ptr": "i64", "correct_ptr": "i1"}
     function = getattr(module, f"{variant.kernel}_kernel")
     left_out = frozenset() if LOGPROBS in variant.options else OF_LOGPROBS
+    if variant.kernel == "forward" and "STATS" not in variant.options:
+        left_out |= {"entropy_state_ptr"}
+    if BARE in variant.options:
+        left_out |= NOT_BARE
     return compiled(function, target, variant.dtype, pointers, constants, options, left_out)
 
 

@@ -2,7 +2,7 @@
 
 from support.docs.blocks import Page
 
-from . import guide, index, integrations, migration, readme, vocab_parallel, weightings
+from . import guide, index, integrations, logprobs, migration, readme, vocab_parallel, weightings
 
 PAGES = {
     page.name: page
@@ -14,6 +14,7 @@ PAGES = {
         integrations.PAGE,
         vocab_parallel.PAGE,
         weightings.PAGE,
+        logprobs.PAGE,
         Page("results.md"),
         Page("guarantees.md"),
         Page("gpu.md"),
