@@ -62,6 +62,7 @@ test-gpu:
 	$(PYTHON) -m pip install --quiet --no-index --no-build-isolation --no-deps .
 	cd tests && $(PYTHON) -m pytest -q -m gpu -p no:cacheprovider $(ARGS)
 	$(PYTHON) benchmarks/bench_vocab.py
+	$(PYTHON) benchmarks/bench_logprobs.py
 
 lint: $(VENV)/extra-lint
 	$(BIN)/ruff check

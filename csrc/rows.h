@@ -51,19 +51,18 @@ MIXCE_INLINE double row_scale(const RowParams& p, Index row) {
   return scale_of_differences(p.options) / temperature_at<Real>(p, row);
 }
 
-// A row's terms for its gradient, from its state and the upstream gradients; kEntropy: with that of the
-// entropy.
+// A row's terms for its gradient, from its state, its scale and the upstream gradients; kEntropy: with that
+// of the entropy.
 template <typename Elementary, bool kEntropy, typename Real, typename Index>
-MIXCE_INLINE GradTerms<double> grad_terms_at(const RowParams& p, Index row,
-                                             const Real (&state)[kStateWidth]) {
-  const double temperature = temperature_at<Real>(p, row), factor = p.options.logit_scale / temperature;
+MIXCE_INLINE GradTerms<double> grad_terms_at(const RowParams& p, Index row, const Real (&state)[kStateWidth],
+                                             double scale) {
+  const double factor = has_softcap(p.options) ? p.options.logit_scale * scale : scale;
   auto terms = grad_terms<Elementary>(state, upstream_at<Real>(p, row), factor);
   if constexpr (kEntropy) {
     const Real* const of_row = static_cast<const Real*>(p.entropy_state) + row;
     const Real entropy_state[kEntropyStateWidth] = {of_row[0], of_row[p.logits_rows.number]};
     const double grad_entropy = static_cast<const Real*>(p.grad_entropy)[row * p.grad_loss_stride];
-    add_entropy_grad<Elementary>(terms, state, entropy_state, grad_entropy, factor,
-                                 scale_of_differences(p.options) / temperature);
+    add_entropy_grad<Elementary>(terms, state, entropy_state, grad_entropy, factor, scale);
   }
   return terms;
 }

@@ -45,7 +45,7 @@ MIXCE_INLINE double canonical(double value) { return value == value ? value : NA
 // A row's terms for pass 2 in the type of its arithmetic.
 template <bool kEntropy, typename Real>
 MIXCE_INLINE GradTerms<Real> pass_2_terms(const RowParams& p, int64_t row, const Real (&state)[kStateWidth]) {
-  const auto terms = grad_terms_at<double, kEntropy>(p, row, state);
+  const auto terms = grad_terms_at<double, kEntropy>(p, row, state, row_scale<Real>(p, row));
   return {static_cast<Real>(terms.m), static_cast<Real>(canonical(terms.k)),
           static_cast<Real>(canonical(terms.b)), static_cast<Real>(canonical(terms.c)),
           static_cast<Real>(canonical(terms.t))};

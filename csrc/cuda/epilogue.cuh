@@ -33,9 +33,9 @@ __device__ __forceinline__ double scale_of_row(const RowParams& p, uint32_t row)
 
 // A row's terms for pass 2 in the type of its arithmetic; the slope of the softcap at the target goes into t.
 template <bool kCap, bool kEntropy, typename Real>
-__device__ __forceinline__ GradTerms<Real> pass_2_terms(const RowParams& p, uint32_t row,
+__device__ __forceinline__ GradTerms<Real> pass_2_terms(const RowParams& p, uint32_t row, double scale,
                                                         const Real (&state)[kStateWidth], Real x_target) {
-  const auto terms = grad_terms_at<Real, kEntropy>(p, row, state);
+  const auto terms = grad_terms_at<Real, kEntropy>(p, row, state, scale);
   Real t = static_cast<Real>(terms.t);
   if constexpr (kCap) t *= capped(x_target, softcap_of<Real>(p.options)).slope;
   return {state[0], static_cast<Real>(terms.k), static_cast<Real>(terms.b), static_cast<Real>(terms.c), t};

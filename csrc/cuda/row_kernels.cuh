@@ -119,10 +119,10 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   }
   if (threadIdx.x == 0) {
     Real state[kStateWidth];
-    finish_row<kCap, kMoments>(p, f, mixture_at<Real>(p, forward_params, row), row,
-                               row_scale<Real>(row_params, row), accumulator.part, x_target, target.known,
-                               part == 0, state);
-    if constexpr (kPass2 != Pass2::kNone) shared.terms = pass_2_terms<kCap, false>(p, row, state, x_target);
+    finish_row<kCap, kMoments>(p, f, mixture_at<Real>(p, forward_params, row), row, scale, accumulator.part,
+                               x_target, target.known, part == 0, state);
+    if constexpr (kPass2 != Pass2::kNone)
+      shared.terms = pass_2_terms<kCap, false>(p, row, scale, state, x_target);
   }
   if constexpr (kPass2 == Pass2::kNone) return;
 
@@ -179,17 +179,18 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kEntropy>))
   const T* const logits = logits_row<T>(p, row);
   T* const grad = grad_row<T>(p, row);
   auto& shared = *reinterpret_cast<GradTerms<Real>*>(ptx::shared_memory());
+  const double scale = scale_of_row<Real>(p, row);
   if (threadIdx.x == 0) {
     Real state[kStateWidth];
     load_state(p, row, state);
     // Only with a cap, and read before this block may write over it; what another block has written over is
     // of no use to this one.
     const Real x_target = kCap && target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
-    shared = pass_2_terms<kCap, kEntropy>(p, row, state, x_target);
+    shared = pass_2_terms<kCap, kEntropy>(p, row, scale, state, x_target);
   }
   __syncthreads();
   const GradTerms<Real> terms = shared;
-  const Gradient<T, kCap, kEntropy> gradient(p, scale_of_row<Real>(p, row), terms);
+  const Gradient<T, kCap, kEntropy> gradient(p, scale, terms);
   write_row(grad, logits, static_cast<int>(p.vocab_size), part, launch.parts, gradient, target.column,
             Format<T>::from_real(terms.t));
 }
