@@ -21,9 +21,7 @@ def concrete(number: Any) -> Any:
 
 def check_constant(name: str, tensor: Tensor) -> None:
     if tensor.requires_grad:
-        raise ValueError(
-            f"expected {name} without requires_grad, since nothing is differentiated by it, got one with"
-        )
+        raise ValueError(f"expected {name} without requires_grad, since nothing is differentiated by it, got one with")
 
 
 def token_tensor(name: str, tensor: Tensor, targets: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from mixce_kernels.triton_kernels.epilogue import (
     upstream_of,
 )
 from mixce_kernels.triton_kernels.jit import kernel
-from mixce_kernels.triton_kernels.mixce_math import grad_terms, scale_of, transform_of
+from mixce_kernels.triton_kernels.mixce_math import coldness, grad_terms, transform_of
 from mixce_kernels.triton_kernels.row_grad import fill_zeros, grad_held, grad_of, row_grad
 from mixce_kernels.triton_kernels.row_layout import head_of, held_tiles, rest_of, row_offset, tile_index
 from mixce_kernels.triton_kernels.row_stats import add_held, add_rest, add_steps, empty_lanes, exchange, merge_lanes
@@ -104,7 +104,11 @@ def forward_kernel(
 
     real: tl.constexpr = loss_ptr.dtype.element_ty
     dtype: tl.constexpr = logits_ptr.dtype.element_ty
-    transform = transform_of(scale_of(diff_scale, temperature_ptr, row), cap, tanh_scale, real)
+    if temperature_ptr is not None:
+        temperature = tl.load(temperature_ptr + row)
+        factor = coldness(temperature)
+        diff_scale, logit_scale = diff_scale * factor, logit_scale * factor
+    transform = transform_of(diff_scale, cap, tanh_scale, real)
     logits_ptr += row_offset(row, inner, outer_stride, inner_stride)
     known, target_column = column_of(target, vocab_size)
     x_target = tl.load(logits_ptr + target_column, mask=known, other=0.0).to(real)
@@ -151,7 +155,7 @@ def forward_kernel(
     # Pass 2.
     if HAS_GRAD:
         upstream = upstream_of(None, token_scale_ptr, row, True, 0, token_scale_stride, real)
-        terms = grad_terms(state, upstream, scale_of(logit_scale, temperature_ptr, row))
+        terms = grad_terms(state, upstream, logit_scale)
         if HELD is None:
             row_grad(
                 logits_ptr, grad_ptr, vocab_size, n_steps, 0, n_steps, target_column, terms, transform,

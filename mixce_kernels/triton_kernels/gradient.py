@@ -10,8 +10,8 @@ from mixce_kernels.triton_kernels.jit import bound, kernel
 from mixce_kernels.triton_kernels.mixce_math import (
     ENTROPY_STATE_WIDTH,
     STATE_WIDTH,
+    coldness,
     grad_terms,
-    scale_of,
     transform_of,
     with_entropy,
 )
@@ -89,8 +89,10 @@ def logits_grad_kernel(
         broadcast(values, 3),
         broadcast(values, 4),
     )
-    diff_scale = scale_of(diff_scale, temperature_ptr, row)
-    logit_scale = scale_of(logit_scale, temperature_ptr, row)
+    if temperature_ptr is not None:
+        temperature = broadcast(tl.load(temperature_ptr + row + 0 * i, mask=i == 0, other=0.0), 0)
+        factor = coldness(temperature)
+        diff_scale, logit_scale = diff_scale * factor, logit_scale * factor
     terms = grad_terms(state, broadcast(upstream, 0), logit_scale)
     if grad_entropy_ptr is not None:
         values = tl.load(entropy_state_ptr + row + i * n_rows, mask=i < ENTROPY_STATE_WIDTH, other=0.0)

@@ -56,13 +56,9 @@ def as_real(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def scale_of(scale, temperature_ptr, row):
-    """A scale of exponents divided by a token's temperature, in float64; NaN unless that is positive."""
-    scale = as_real(scale, tl.float64)
-    if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + row).to(tl.float64)
-        scale = tl.where(temperature > 0.0, scale / temperature, float("nan"))
-    return scale
+def coldness(temperature):
+    """The inverse of a token's temperature, in float64; NaN unless that is positive."""
+    return tl.where(temperature > 0.0, 1.0 / temperature.to(tl.float64), float("nan"))
 
 
 @triton.jit

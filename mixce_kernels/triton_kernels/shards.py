@@ -16,6 +16,7 @@ from mixce_kernels.triton_kernels.mixce_math import (
     STATE_WIDTH,
     STATS_WIDTH,
     as_real,
+    coldness,
     token_terms,
 )
 
@@ -174,8 +175,7 @@ def merge_messages_kernel(
     target = tl.load(targets_ptr + row, mask=in_rows, other=0).to(tl.int64)
     scale = as_real(diff_scale, tl.float64)
     if temperature_ptr is not None:
-        temperature = tl.load(temperature_ptr + row, mask=in_rows, other=1.0).to(tl.float64)
-        scale = tl.where(temperature > 0.0, scale / temperature, float("nan"))
+        scale = scale * coldness(tl.load(temperature_ptr + row, mask=in_rows, other=1.0))
     numbers_ptr = messages_ptr + HEADER + row
     zero = tl.full((TOKENS,), 0.0, tl.float64)
     nothing = tl.full((TOKENS,), float("-inf"), tl.float64)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import EMULATED
 from mixce_kernels import fused_linear_token_logprobs, fused_mixce_loss, fused_token_logprobs
 from mixce_kernels.linear import logprobs_ops as linear_ops
 from mixce_kernels.linear.chunks import LinearCall
@@ -15,6 +16,7 @@ from mixce_kernels.logits import logprobs_ops
 from mixce_kernels.logits.logprobs_ops import LOGPROBS, LogprobsGrad, TokenLogprobs
 from mixce_kernels.options import TokenOptions
 from mixce_kernels.reduction import NO_REDUCTION
+from support.allocations import allocated_bytes
 
 TEMPERATURES = pytest.mark.parametrize("temperature", [1.0, 0.6, "per_token"], ids=str)
 SOFTCAPS = pytest.mark.parametrize("softcap", [None, 3.0])
@@ -245,3 +247,22 @@ def test_compiles_as_one_graph(of: str, backend: str, device: str) -> None:
         ]
         torch.testing.assert_close(*grads)
     assert counter.frame_count == 1
+
+
+@pytest.mark.skipif(EMULATED is not None, reason="an emulation allocates as it likes")
+def test_memory_is_the_gradient_and_some_numbers_a_token() -> None:
+    """In place there is not even that."""
+    leaf, targets = torch.randn(64, 9001, requires_grad=True), torch.randint(9001, (64,))
+    numbers = 64 * 4 * 16
+
+    def call(inplace: bool) -> None:
+        logits = leaf * 1 if inplace else leaf
+        _sum(logits, targets, "cpu", inplace_backward=inplace).backward()
+        leaf.grad = None
+
+    with torch.no_grad():
+        assert allocated_bytes(lambda: _sum(leaf, targets, "cpu"))[0] <= numbers
+    of_logits = leaf.numel() * 4
+    assert [size for size in allocated_bytes(lambda: call(False)) if size > numbers] == [of_logits]
+    # The product of the test's own, and the gradient of that.
+    assert [size for size in allocated_bytes(lambda: call(True)) if size > numbers] == [of_logits] * 2

@@ -21,6 +21,7 @@ class Watched:
             (native, "row_params"),
             (native, "forward_call"),
             (native, "reduction_params"),
+            (native, "add_logprobs"),
             (cuda, "_launch"),
         )
         watched += tuple((native_shards, f"{name}_params") for name in ("targets", "message", "merge"))
