@@ -107,15 +107,15 @@ void define_params(py::module_& m) {
   // What a call of log-probabilities has besides, on the record itself: the losses' calls do without.
   m.def(
       "add_logprobs",
-      [](RowParams& rows, uintptr_t temperature, int64_t temperature_stride, uintptr_t grad_entropy,
-         uintptr_t entropy_state) {
+      [](RowParams& rows, uintptr_t temperature, uintptr_t entropy_state, uintptr_t grad_entropy,
+         int64_t grad_entropy_stride) {
         convert(temperature, rows.temperature);
-        rows.temperature_stride = temperature_stride;
-        convert(grad_entropy, rows.grad_entropy);
         convert(entropy_state, rows.entropy_state);
+        convert(grad_entropy, rows.grad_entropy);
+        rows.grad_entropy_stride = grad_entropy_stride;
       },
-      py::arg("rows"), py::kw_only(), py::arg("temperature"), py::arg("temperature_stride"),
-      py::arg("grad_entropy"), py::arg("entropy_state"));
+      py::arg("rows"), py::kw_only(), py::arg("temperature"), py::arg("entropy_state"),
+      py::arg("grad_entropy"), py::arg("grad_entropy_stride"));
   define_record(m, "ReductionParams", "reduction_params", field("losses", &ReductionParams::losses),
                 field("number", &ReductionParams::number), field("targets", &ReductionParams::targets),
                 field("targets_int64", &ReductionParams::targets_int64),

@@ -56,11 +56,11 @@ struct RowParams {
   const double* token_scale;  // [N], of the loss's reduction; null: 1
   int64_t token_scale_stride;
 
-  // Of log-probabilities and entropies. Of the type of arithmetic, as grad_loss.
+  // Of log-probabilities and entropies, of the type of arithmetic, as grad_loss.
   const void* temperature;  // [N]: exponents are divided by it; null: 1
-  int64_t temperature_stride;
-  const void* grad_entropy;  // [N], the upstream gradient of the entropies, of grad_loss's stride; null: none
-  void* entropy_state;  // [kEntropyStateWidth, N], written by a forward with statistics; null: not wanted
+  void* entropy_state;      // [kEntropyStateWidth, N], written by a forward with statistics; null: not wanted
+  const void* grad_entropy;  // [N], the upstream gradient of the entropies; null: none
+  int64_t grad_entropy_stride;
 };
 
 // What a token's weight is made from: eta + (1 - eta) * f. The twin of KINDS in mixce_kernels/weightings.py,

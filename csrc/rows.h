@@ -41,7 +41,7 @@ MIXCE_INLINE Real upstream_at(const RowParams& p, Index row) {
 template <typename Real, typename Index>
 MIXCE_INLINE double temperature_at(const RowParams& p, Index row) {
   if (p.temperature == nullptr) return 1;
-  const double temperature = static_cast<const Real*>(p.temperature)[row * p.temperature_stride];
+  const double temperature = static_cast<const Real*>(p.temperature)[row];
   return temperature > 0 ? temperature : NAN;
 }
 
@@ -61,7 +61,7 @@ MIXCE_INLINE GradTerms<double> grad_terms_at(const RowParams& p, Index row, cons
   if constexpr (kEntropy) {
     const Real* const of_row = static_cast<const Real*>(p.entropy_state) + row;
     const Real entropy_state[kEntropyStateWidth] = {of_row[0], of_row[p.logits_rows.number]};
-    const double grad_entropy = static_cast<const Real*>(p.grad_entropy)[row * p.grad_loss_stride];
+    const double grad_entropy = static_cast<const Real*>(p.grad_entropy)[row * p.grad_entropy_stride];
     add_entropy_grad<Elementary>(terms, state, entropy_state, grad_entropy, factor, scale);
   }
   return terms;

@@ -22,7 +22,7 @@ def row_params_of_shape(
     options: TokenOptions,
 ) -> RowParams: ...
 def add_logprobs(
-    rows: RowParams, *, temperature: int, temperature_stride: int, grad_entropy: int, entropy_state: int
+    rows: RowParams, *, temperature: int, entropy_state: int, grad_entropy: int, grad_entropy_stride: int
 ) -> None: ...
 def row_params(
     others: RowParams,

@@ -24,11 +24,12 @@ __device__ __forceinline__ Target target_of(const RowParams& p, uint32_t row) {
   return {target == p.options.ignore_index, known, known ? static_cast<int>(target) : -1};
 }
 
-// `row_scale`, read by one lane of a warp where rows have temperatures.
-template <typename Real>
+// `row_scale`, of logits that have a cap or not; one lane of a warp loads where rows have temperatures.
+template <bool kCap, typename Real>
 __device__ __forceinline__ double scale_of_row(const RowParams& p, uint32_t row) {
-  if (p.temperature == nullptr) return scale_of_differences(p.options);
-  return loaded_once([&] { return row_scale<Real>(p, row); });
+  const double scale = kCap ? 1 : p.options.logit_scale;
+  if (p.temperature == nullptr) return scale;
+  return scale / loaded_once([&] { return temperature_at<Real>(p, row); });
 }
 
 // A row's terms for pass 2 in the type of its arithmetic; the slope of the softcap at the target goes into t.

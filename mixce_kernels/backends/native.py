@@ -117,9 +117,10 @@ def forward_call(
         stats=0 if stats is None else stats.data_ptr(),
         correct=0 if correct is None else correct.data_ptr(),
     )
+    kept: tuple[Tensor | None, ...] = (eta, parameters, upstream, weights)
     if temperature is not None or entropy_state is not None:
-        temperature = add_logprobs(call.rows, loss.dtype, temperature, None, entropy_state)
-    return call, (eta, parameters, upstream, weights, temperature)
+        kept += add_logprobs(call.rows, loss.dtype, temperature, entropy_state, None)
+    return call, kept
 
 
 def grad_params(
@@ -136,50 +137,41 @@ def grad_params(
 ) -> tuple[_C.RowParams, tuple[Tensor | None, ...]]:
     """The rows of a gradient, and the tensors that they point to: keep these until it has been launched."""
     targets, state = targets.contiguous(), state.contiguous()
-    grad_loss = None if grad_loss is None else grad_loss.to(state.dtype)
-    if entropy is not None:
-        # The kernels walk both upstream gradients alike.
-        entropy = EntropyGrad(_of_tokens(entropy.upstream.to(state.dtype), targets), entropy.state.contiguous())
-        grad_loss = targets.new_ones((), dtype=state.dtype) if grad_loss is None else grad_loss
-        grad_loss = _of_tokens(grad_loss, targets)
     rows, grad_loss = row_params(
         logits=logits,
         targets=targets,
         state=state,
         options=options,
-        grad_loss=grad_loss,
+        grad_loss=None if grad_loss is None else grad_loss.to(state.dtype),
         token_scale=token_scale,
         grad_logits=grad_logits,
     )
+    kept: tuple[Tensor | None, ...] = (targets, state, grad_loss)
     if temperature is not None or entropy is not None:
         upstream, entropy_state = (None, None) if entropy is None else entropy
-        temperature = add_logprobs(rows, state.dtype, temperature, upstream, entropy_state)
-        return rows, (targets, state, grad_loss, temperature, upstream, entropy_state)
-    return rows, (targets, state, grad_loss)
-
-
-def _of_tokens(numbers: Tensor, targets: Tensor) -> Tensor:
-    """Numbers [] or [...] as one for each of the tokens `targets` [...], contiguous."""
-    return numbers.expand(targets.shape).contiguous()
+        kept += add_logprobs(rows, state.dtype, temperature, entropy_state, upstream)
+    return rows, kept
 
 
 def add_logprobs(
     rows: _C.RowParams,
     dtype: torch.dtype,  # of arithmetic
-    temperature: Tensor | None,  # [] or [...]
-    grad_entropy: Tensor | None,  # [...], contiguous
-    entropy_state: Tensor | None,  # [ENTROPY_STATE_WIDTH, ...], contiguous
-) -> Tensor | None:
-    """Adds to rows what log-probabilities need; returns the tensor of temperatures that they point to."""
-    temperature, stride = (None, 0) if temperature is None else entries(temperature.to(dtype))
+    temperature: Tensor | None,  # [...]
+    entropy_state: Tensor | None,  # [ENTROPY_STATE_WIDTH, ...]
+    grad_entropy: Tensor | None,  # [] or [...]
+) -> tuple[Tensor | None, ...]:
+    """Adds to rows what log-probabilities need; returns the tensors that they point to: keep these until the launch."""
+    temperature = None if temperature is None else temperature.to(dtype).contiguous()
+    entropy_state = None if entropy_state is None else entropy_state.contiguous()
+    grad_entropy, stride = (None, 0) if grad_entropy is None else entries(grad_entropy.to(dtype))
     _C.add_logprobs(
         rows,
         temperature=0 if temperature is None else temperature.data_ptr(),
-        temperature_stride=stride,
-        grad_entropy=0 if grad_entropy is None else grad_entropy.data_ptr(),
         entropy_state=0 if entropy_state is None else entropy_state.data_ptr(),
+        grad_entropy=0 if grad_entropy is None else grad_entropy.data_ptr(),
+        grad_entropy_stride=stride,
     )
-    return temperature
+    return temperature, entropy_state, grad_entropy
 
 
 def scale_params(

@@ -68,14 +68,15 @@ def merge_params(
     mixture = mixture.with_tensors(eta, None if parameters is None else parameters.contiguous())
     ranks, length = messages.shape
     tokens = _tokens(targets, results.state, messages.dtype, options)
+    kept: tuple[Tensor | None, ...] = mixture.tensors()
     if temperature is not None or results.entropy_state is not None:
-        temperature = native.add_logprobs(tokens, messages.dtype, temperature, None, results.entropy_state)
+        kept += native.add_logprobs(tokens, messages.dtype, temperature, results.entropy_state, None)
     params = (
         tokens,
         _results(results, mixture, eta_stride),
         _C.messages(messages=messages.data_ptr(), ranks=ranks, length=length),
     )
-    return params, (*mixture.tensors(), temperature)
+    return params, kept
 
 
 def _tokens(targets: Tensor, state: Tensor | None, dtype: torch.dtype, options: TokenOptions) -> _C.RowParams:

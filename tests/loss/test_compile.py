@@ -297,15 +297,21 @@ def _operator_arguments(
     return logits, targets, state, *upstream, *mixed, *options, backend
 
 
+LOGPROB_OPERATORS = (
+    "token_logprobs", "logprobs_grad", "logprobs_grad_", "linear_token_logprobs", "linear_logprobs_grad"
+)  # fmt: skip
 OPERATORS = ("forward", "logits_grad", "logits_grad_", "forward_with_grad", "forward_with_grad_", "scale_rows_")
 
 
 def test_every_operator_is_tried() -> None:
-    """One that is added must be added here; those of the linear loss are tried in test_linear_training.py."""
+    """One that is added must be added here; those of the linear loss are tried in test_linear_training.py.
+
+    Those of log-probabilities are tried in logprobs/test_logprobs_autograd.py.
+    """
     defined = {
         name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("mixce_kernels::")
     }
-    assert defined == {*OPERATORS, *LINEAR_OPERATORS}
+    assert defined == {*OPERATORS, *LINEAR_OPERATORS, *LOGPROB_OPERATORS}
 
 
 @pytest.mark.parametrize("name", OPERATORS)

@@ -58,10 +58,10 @@ class _AsOnGpu:
     def unavailable(self, *args: Any) -> str | None:
         return cpu.unavailable(*args)
 
-    def forward(self, *args: Any) -> None:
+    def forward(self, *args: Any, **keywords: Any) -> None:
         reduction = args[4]
         self.launches.ours += ["forward"] if reduction.is_identity else ["forward", "reduce"]
-        cpu.forward(*args)
+        cpu.forward(*args, **keywords)
 
     def reduce(self, *args: Any) -> None:
         self.launches.ours.append("reduce")
