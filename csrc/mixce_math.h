@@ -234,7 +234,7 @@ MIXCE_INLINE void fill_state(Real m, double s, const TokenTerms& terms, Real (&s
 // logits whose exponential that is. b is 0 without a gradient of the entropy.
 template <typename Real>
 struct GradTerms {
-  Real m, k, b, c, t;
+  Real m, k, c, t, b;
 };
 
 // `factor` is the derivative of the exponents by the (uncapped) logits.
@@ -242,7 +242,7 @@ template <typename Elementary, typename Real>
 MIXCE_INLINE GradTerms<double> grad_terms(const Real (&state)[kStateWidth], double grad_loss, double factor) {
   const double s = state[1], a = state[2], c = state[3], t = state[4];
   factor *= grad_loss;
-  return {state[0], a * factor * exp(static_cast<Elementary>(-s)), 0, c * factor, t * factor};
+  return {state[0], a * factor * exp(static_cast<Elementary>(-s)), c * factor, t * factor, 0};
 }
 
 // Adds the gradient of the entropy, whose derivative by z_j is -p_j * (z_j - m - u).

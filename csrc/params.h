@@ -57,7 +57,7 @@ struct RowParams {
   int64_t token_scale_stride;
 
   // Of log-probabilities and entropies, of the type of arithmetic, as grad_loss.
-  const void* temperature;  // [N]: exponents are divided by it; null: 1
+  const void* temperature;  // [N]: exponents are divided by it, in a forward alone or a gradient; null: 1
   void* entropy_state;      // [kEntropyStateWidth, N], written by a forward with statistics; null: not wanted
   const void* grad_entropy;  // [N], the upstream gradient of the entropies; null: none
   int64_t grad_entropy_stride;

@@ -47,8 +47,8 @@ template <bool kEntropy, typename Real>
 MIXCE_INLINE GradTerms<Real> pass_2_terms(const RowParams& p, int64_t row, const Real (&state)[kStateWidth]) {
   const auto terms = grad_terms_at<double, kEntropy>(p, row, state, row_scale<Real>(p, row));
   return {static_cast<Real>(terms.m), static_cast<Real>(canonical(terms.k)),
-          static_cast<Real>(canonical(terms.b)), static_cast<Real>(canonical(terms.c)),
-          static_cast<Real>(canonical(terms.t))};
+          static_cast<Real>(canonical(terms.c)), static_cast<Real>(canonical(terms.t)),
+          static_cast<Real>(canonical(terms.b))};
 }
 
 // Pass 2 over one block from its logits; `x` and `grad` may be the same memory.

@@ -24,11 +24,12 @@ __device__ __forceinline__ Target target_of(const RowParams& p, uint32_t row) {
   return {target == p.options.ignore_index, known, known ? static_cast<int>(target) : -1};
 }
 
-// `row_scale`, of logits that have a cap or not; one lane of a warp loads where rows have temperatures.
-template <bool kCap, typename Real>
+// `row_scale`, of logits that have a cap or not; one lane of a warp loads where rows may have temperatures,
+// and do.
+template <bool kCap, bool kTemperature, typename Real>
 __device__ __forceinline__ double scale_of_row(const RowParams& p, uint32_t row) {
   const double scale = kCap ? 1 : p.options.logit_scale;
-  if (p.temperature == nullptr) return scale;
+  if (!kTemperature || p.temperature == nullptr) return scale;
   return scale / loaded_once([&] { return temperature_at<Real>(p, row); });
 }
 
@@ -39,7 +40,7 @@ __device__ __forceinline__ GradTerms<Real> pass_2_terms(const RowParams& p, uint
   const auto terms = grad_terms_at<Real, kEntropy>(p, row, state, scale);
   Real t = static_cast<Real>(terms.t);
   if constexpr (kCap) t *= capped(x_target, softcap_of<Real>(p.options)).slope;
-  return {state[0], static_cast<Real>(terms.k), static_cast<Real>(terms.b), static_cast<Real>(terms.c), t};
+  return {state[0], static_cast<Real>(terms.k), static_cast<Real>(terms.c), t, static_cast<Real>(terms.b)};
 }
 
 // The epilogue of a row: its loss, statistics and state from pass 1, by one thread. Returns the state.

@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   const auto body = body_of<T>(logits, vocab_size);
   const Share share = share_of(body.count, part, launch.parts);
   // Without statistics no logit need be compared with the target's, and none reaches NaN.
-  const double scale = scale_of_row<kCap, Real>(p, row);
+  const double scale = scale_of_row<kCap, kPass2 == Pass2::kNone, Real>(p, row);
   Accumulator<T, kCap, kMoments> accumulator(p, scale, f.stats == nullptr ? NAN : x_target, target.column);
   auto add = [&](const auto& vectors, int i) {
     accumulator.add(vectors, body.begin + i * Format<T>::kWidth);
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kWarpSize)
   if (target.ignored) return;
   const Partial<Real>* const partials =
       static_cast<const Partial<Real>*>(launch.partials) + static_cast<int64_t>(row) * launch.parts;
-  const double scale = scale_of_row<kCap, Real>(p, row);
+  const double scale = scale_of_row<kCap, true, Real>(p, row);
   const auto whole = merge_parts<kMoments>(
       launch.parts, [&](int i) -> const auto& { return partials[i]; }, Exponential<Real>(scale));
   if (threadIdx.x > 0) return;
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kEntropy>))
   const T* const logits = logits_row<T>(p, row);
   T* const grad = grad_row<T>(p, row);
   auto& shared = *reinterpret_cast<GradTerms<Real>*>(ptx::shared_memory());
-  const double scale = scale_of_row<kCap, Real>(p, row);
+  const double scale = scale_of_row<kCap, true, Real>(p, row);
   if (threadIdx.x == 0) {
     Real state[kStateWidth];
     load_state(p, row, state);

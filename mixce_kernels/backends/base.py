@@ -37,9 +37,9 @@ class Backend(Protocol):
         results: Results,  # written
         token_scale: Tensor | None,  # float64 [] or [...], with grad_logits: the upstream gradient; None: 1
         grad_logits: Tensor | None,  # [..., V], written; may be the logits themselves
-        temperature: Tensor | None = None,  # [...] of any strides: logits are divided by it, after the softcap; None: 1
+        temperature: Tensor | None = None,  # [...]: z is divided by it; with neither grad_logits nor may_split
         *,
-        may_split: bool = True,  # whether few rows may be summed in another order than many; not with a temperature
+        may_split: bool = True,  # whether few rows may be summed in another order than many
     ) -> None:
         """Losses, state and statistics of the tokens, with `grad_logits` their gradients, and `reduce` of the losses.
 
