@@ -35,6 +35,15 @@ WEIGHTINGS = {
     "`torch.compile`, q^0.5": "torch.compile-power",
     "`torch.compile`, H / 3": "torch.compile-entropy",
 }
+LOGPROBS = {
+    "`fused_token_logprobs`": "fused-cpu",
+    "MixCE with statistics": "fused-cpu-stats",
+    "eager `log_softmax`": "eager",
+    "`torch.compile` of that": "torch.compile",
+    "`fused_linear_token_logprobs`": "fused-linear",
+    "`F.linear`, `log_softmax`": "eager-linear",
+    "TRL's chunks": "trl-linear",
+}
 HIDDEN = {
     "`fused_linear_mixce_loss`": "fused-linear",
     "three matrix products": "three-matmuls",
@@ -127,6 +136,29 @@ def test_weightings() -> None:
     for name, *cells in lines:
         for mode, cell in zip(("forward", "both"), cells, strict=True):
             assert_rounded(cell, figure("bench", "median_ms", **size, contender=WEIGHTINGS[name], mode=mode))
+
+
+def test_logprobs() -> None:
+    """Times and peak memory of logits, then of hidden states, with the errors of both results."""
+    lines = table_of("logprobs.md", "What it costs")[1:]
+    sizes = {
+        "**logits, float32, 1024 x 50257, one thread**": {"level": "logits", "dtype": "float32", "threads": "1"},
+        "**hidden states, bfloat16, 256 x 768 x 50257**": {"level": "hidden", "dtype": "bfloat16"},
+    }
+    seen = []
+    for name, forward, both, peak, logprobs, entropy in lines:
+        if name in sizes:
+            size = sizes[name]
+            continue
+        seen.append(name)
+        wanted = {**size, "contender": LOGPROBS[name]}
+        assert_rounded(forward, figure("logprobs", "median_ms", **wanted, mode="forward"))
+        assert_rounded(both, figure("logprobs", "median_ms", **wanted, mode="both"))
+        assert_rounded(peak, figure("logprobs", "peak_bytes", **wanted, mode="both") / 1e6)
+        for cell, column in ((logprobs, "logprobs_error"), (entropy, "entropy_error")):
+            if cell:
+                assert_rounded(cell, figure("logprobs", column, **wanted, mode="both"))
+    assert seen == list(LOGPROBS)
 
 
 def test_share_of_a_read() -> None:

@@ -109,6 +109,7 @@ OPTIONS += [
     # Capped logits near 1e5 are all the cap.
     if "softcap" not in name or kind != "shifted"
 ]
+OPTIONS += [_BASE.at(name="scale_shifted", kind="shifted", shape=(12, 2500), options=_OPTIONS["scale"], dtype=FLOAT64)]
 OPTIONS += [
     _BASE.at(name=f"eta_{eta}", eta=eta, shape=(4, 3, 77), dtype=dtype)
     for eta in ("0", "1", "0d", "0d_bfloat16", "0d_float64", "per_token", "column")
