@@ -135,6 +135,7 @@ def hidden_states(backend: str) -> list[str]:
     return wrong
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the kernels have been tried with ranks above, and interpreted are slow")
 @pytest.mark.parametrize("backend", NAMES)
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_hidden_states(ranks: int, backend: str) -> None:
@@ -166,6 +167,7 @@ def dtensors(backend: str) -> None:
             torch.testing.assert_close(found_grad.full_tensor(), grad, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the kernels have been tried with ranks above, and interpreted are slow")
 @pytest.mark.parametrize("backend", NAMES)
 def test_dtensors(backend: str) -> None:
     run_ranks(dtensors, 4, backend, timeout=120.0)
