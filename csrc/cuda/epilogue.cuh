@@ -24,13 +24,23 @@ __device__ __forceinline__ Target target_of(const RowParams& p, uint32_t row) {
   return {target == p.options.ignore_index, known, known ? static_cast<int>(target) : -1};
 }
 
-// `row_scale`, of logits that have a cap or not; one lane of a warp loads where rows may have temperatures,
-// and do.
-template <bool kCap, bool kTemperature, typename Real>
-__device__ __forceinline__ double scale_of_row(const RowParams& p, uint32_t row) {
+// 1 / temperature without the division of float64, which is a call that takes registers from the whole
+// kernel.
+template <typename Real>
+__device__ __forceinline__ double inverse_of(double temperature) {
+  if constexpr (sizeof(Real) == sizeof(double)) return 1 / temperature;
+  double inverse = ptx::reciprocal_approx(static_cast<float>(temperature));
+#pragma unroll
+  for (int i = 0; i < 2; ++i) inverse = fma(inverse, fma(-temperature, inverse, 1.0), inverse);
+  return inverse;
+}
+
+// `row_scale` of logits that have a cap or not, by `load`, which calls what it is given.
+template <bool kCap, typename Real, typename Load>
+__device__ __forceinline__ double scale_of_row(const RowParams& p, uint32_t row, Load load) {
   const double scale = kCap ? 1 : p.options.logit_scale;
-  if (!kTemperature || p.temperature == nullptr) return scale;
-  return scale / loaded_once([&] { return temperature_at<Real>(p, row); });
+  if (p.temperature == nullptr) return scale;
+  return scale * inverse_of<Real>(load([&] { return temperature_at<Real>(p, row); }));
 }
 
 // A row's terms for pass 2 in the type of its arithmetic; the slope of the softcap at the target goes into t.

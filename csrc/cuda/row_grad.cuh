@@ -15,8 +15,9 @@ struct Gradient {
   const Softcap<Real> softcap;
   const GradTerms<Real> terms;
 
-  __device__ __forceinline__ Gradient(const RowParams& params, double scale, const GradTerms<Real>& terms)
-      : exponential(scale), softcap(softcap_of<Real>(params.options)), terms(terms) {}
+  __device__ __forceinline__ Gradient(const RowParams& params, const Exponential<Real>& exponential,
+                                      const GradTerms<Real>& terms)
+      : exponential(exponential), softcap(softcap_of<Real>(params.options)), terms(terms) {}
 
   __device__ __forceinline__ uint4 operator()(uint4 logits) const {
     Real x[F::kWidth];

@@ -32,6 +32,13 @@ struct alignas(16) SharedState {
   GradTerms<Real> terms;
 };
 
+// What pass 2 alone keeps there.
+template <typename Real>
+struct SharedTerms {
+  GradTerms<Real> terms;
+  Exponential<Real> exponential;
+};
+
 // The gradient of an ignored row.
 template <typename T>
 __device__ __forceinline__ void write_zeros(const RowParams& p, uint32_t row, int part, int parts) {
@@ -75,7 +82,9 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   const auto body = body_of<T>(logits, vocab_size);
   const Share share = share_of(body.count, part, launch.parts);
   // Without statistics no logit need be compared with the target's, and none reaches NaN.
-  const double scale = scale_of_row<kCap, kPass2 == Pass2::kNone, Real>(p, row);
+  const double scale = kPass2 == Pass2::kNone
+                           ? scale_of_row<kCap, Real>(p, row, [](auto load) { return loaded_once(load); })
+                           : scale_of_differences(p.options);
   Accumulator<T, kCap, kMoments> accumulator(p, scale, f.stats == nullptr ? NAN : x_target, target.column);
   auto add = [&](const auto& vectors, int i) {
     accumulator.add(vectors, body.begin + i * Format<T>::kWidth);
@@ -129,7 +138,7 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kMoments &&
   // Pass 2.
   __syncthreads();
   const GradTerms<Real> terms = shared.terms;
-  const Gradient<T, kCap, false> gradient(p, scale, terms);
+  const Gradient<T, kCap, false> gradient(p, accumulator.exponential, terms);
   T* const grad = grad_row<T>(p, row);
   if constexpr (kPass2 == Pass2::kFromShared) {
     write_row_from_shared(grad, logits, held, body, share, gradient, target.column,
@@ -153,7 +162,7 @@ __global__ void __launch_bounds__(kWarpSize)
   if (target.ignored) return;
   const Partial<Real>* const partials =
       static_cast<const Partial<Real>*>(launch.partials) + static_cast<int64_t>(row) * launch.parts;
-  const double scale = scale_of_row<kCap, true, Real>(p, row);
+  const double scale = scale_of_row<kCap, Real>(p, row, [](auto load) { return loaded_once(load); });
   const auto whole = merge_parts<kMoments>(
       launch.parts, [&](int i) -> const auto& { return partials[i]; }, Exponential<Real>(scale));
   if (threadIdx.x > 0) return;
@@ -178,19 +187,20 @@ __global__ void __launch_bounds__(kThreads, (kMinBlocks<T, !kCap && !kEntropy>))
 
   const T* const logits = logits_row<T>(p, row);
   T* const grad = grad_row<T>(p, row);
-  auto& shared = *reinterpret_cast<GradTerms<Real>*>(ptx::shared_memory());
-  const double scale = scale_of_row<kCap, true, Real>(p, row);
+  auto& shared = *reinterpret_cast<SharedTerms<Real>*>(ptx::shared_memory());
   if (threadIdx.x == 0) {
+    const double scale = scale_of_row<kCap, Real>(p, row, [](auto load) { return load(); });
     Real state[kStateWidth];
     load_state(p, row, state);
     // Only with a cap, and read before this block may write over it; what another block has written over is
     // of no use to this one.
     const Real x_target = kCap && target.known ? Format<T>::to_real(logits[target.column]) : Real{0};
-    shared = pass_2_terms<kCap, kEntropy>(p, row, scale, state, x_target);
+    shared.terms = pass_2_terms<kCap, kEntropy>(p, row, scale, state, x_target);
+    shared.exponential = Exponential<Real>(scale);
   }
   __syncthreads();
-  const GradTerms<Real> terms = shared;
-  const Gradient<T, kCap, kEntropy> gradient(p, scale, terms);
+  const GradTerms<Real> terms = shared.terms;
+  const Gradient<T, kCap, kEntropy> gradient(p, shared.exponential, terms);
   write_row(grad, logits, static_cast<int>(p.vocab_size), part, launch.parts, gradient, target.column,
             Format<T>::from_real(terms.t));
 }

@@ -38,9 +38,9 @@ def test_nothing_is_written_before_an_error() -> None:
     message[HEADER:] = torch.tensor([2.0, 2.0, 1.0, 1.0, -0.5, torch.inf])
     results = empty_results(torch.empty(2, 4), targets, NO_REDUCTION, with_state=True, with_stats=False)
     results.loss.fill_(7.0)
-    assert cpu_shards.merge_messages(message[None], targets, Mixture(eta_value=0.3), options, results) == 1
+    assert cpu_shards.merge_messages(message[None], targets, Mixture(eta_value=0.3), options, results, None) == 1
     assert results.loss.tolist() == [7.0, 7.0]
     targets[1] = -100
-    assert cpu_shards.merge_messages(message[None], targets, Mixture(eta_value=0.3), options, results) is None
+    assert cpu_shards.merge_messages(message[None], targets, Mixture(eta_value=0.3), options, results, None) is None
     assert results.loss[0] != 7.0
     assert results.loss[1] == 0.0
