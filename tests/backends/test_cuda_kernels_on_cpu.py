@@ -146,7 +146,7 @@ def guarded(values: Tensor, *, at_end: bool) -> Tensor:
 @pytest.mark.parametrize("vocab_size", [1, 3, 1000, 1023, 2049, 8191, 50257])
 def test_kernels_stay_within_their_tensors(vocab_size: int, dtype: torch.dtype, at_end: bool) -> None:
     from mixce_kernels.backends import cuda
-    from mixce_kernels.backends.results import STATE_WIDTH, STATS_WIDTH, Results
+    from mixce_kernels.backends.results import ENTROPY_STATE_WIDTH, STATE_WIDTH, STATS_WIDTH, EntropyGrad, Results
     from mixce_kernels.mixture import Mixture
     from mixce_kernels.options import TokenOptions, accumulate_dtype
     from mixce_kernels.reduction import Reduction
@@ -175,15 +175,20 @@ def test_kernels_stay_within_their_tensors(vocab_size: int, dtype: torch.dtype, 
                 put(nothing.expand(STATS_WIDTH, 3)),
                 put(torch.zeros(3, dtype=torch.bool)),
                 put(nothing),
+                put(nothing.expand(ENTROPY_STATE_WIDTH, 3)),
             )
             for reduction in reductions
         )
-        grad, scaled = (put(torch.full_like(logits, torch.nan)) for _ in range(2))
+        grad, scaled, of_both = (put(torch.full_like(logits, torch.nan)) for _ in range(3))
+        temperature, grad_entropy = put(eta + 0.5), put(grad_loss * 0.5)
         cuda.forward(x, y, mixture, options, reductions[0], results, None, None)
         cuda.logits_grad(x, y, results.state, upstream, results.token_scale, options, grad)
+        cuda.forward(x, y, mixture, options, reductions[0], results, None, None, temperature, may_split=False)
+        entropy = EntropyGrad(grad_entropy, results.entropy_state)
+        cuda.logits_grad(x, y, results.state, upstream, None, options, of_both, temperature, entropy)
         cuda.forward(x, y, mixture, options, reductions[1], again, scale, scaled)
         cuda.scale_rows_(scaled, upstream, y, -100)
-        return [tensor.clone() for tensor in (x, *results, *again, grad, scaled)]
+        return [tensor.clone() for tensor in (x, *results, *again, grad, scaled, of_both)]
 
     for inside, outside in zip(outcome(partial(guarded, at_end=at_end)), outcome(Tensor.clone), strict=True):
         assert not inside.isnan().any()
