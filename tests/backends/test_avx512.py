@@ -59,7 +59,7 @@ def test_cpu_tests_pass_with_emulated_avx512(emulated_package: Path) -> None:
     used = subprocess.run([sys.executable, "-c", which], check=True, **settings)
     assert used.stdout.split() == [str(emulated_package / "mixce_kernels" / "backends" / "cpu.py"), "avx512"]
 
-    tests = ["loss/test_loss.py", "loss/test_edge_cases.py", "loss/test_stats.py"]
+    tests = ["loss/test_loss.py", "loss/test_edge_cases.py", "loss/test_stats.py", "logprobs/test_logprobs.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu", *tests]
     result = subprocess.run(command, **settings)
     assert result.returncode == 0, result.stdout[-4000:]

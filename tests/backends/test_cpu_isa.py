@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from conftest import INTERPRETED
-from mixce_kernels import fused_mixce_loss
+from mixce_kernels import fused_mixce_loss, fused_token_logprobs
 from mixce_kernels.backends import cpu
-from support import cases
+from support import cases, logprob_cases
 from support.cases import DTYPES, MODES, Case
 from support.inputs import build
+from support.logprob_cases import LogprobCase, build_logprobs, check_found, differentiated
 from support.loss_checks import check, run
 
 ISAS = cpu._supported_isas()
@@ -27,6 +28,7 @@ CASES = [
     for case in cases.SIZES + cases.KINDS + cases.OPTIONS + cases.RANDOM
     if math.prod(case.shape) <= 70_000 and case.dtype != cases.FLOAT64
 ]
+LOGPROBS = [one for one in logprob_cases.ALL if math.prod(one.case.shape) <= 70_000]
 
 
 @pytest.mark.parametrize("isa", ISAS[1:])
@@ -38,6 +40,18 @@ def test_every_instruction_set(monkeypatch: pytest.MonkeyPatch, isa: str, case: 
     loss, grad = run(build(case), "cpu")
     inputs = build(case)
     check(inputs, inputs.oracle(), loss, grad)
+
+
+@pytest.mark.parametrize("isa", ISAS[1:])
+@pytest.mark.parametrize("one", LOGPROBS, ids=str)
+def test_log_probabilities_of_every_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, isa: str, one: LogprobCase
+) -> None:
+    """Whose gradient has loops of its own."""
+    monkeypatch.setenv("MIXCE_CPU_ISA", isa)
+    inputs = build_logprobs(one)
+    result = fused_token_logprobs(inputs.logits, inputs.targets, backend="cpu", **inputs.keywords)
+    check_found(build_logprobs(one), differentiated(result, inputs))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -52,13 +66,21 @@ def test_special_values_at_every_column(monkeypatch: pytest.MonkeyPatch, isa: st
         targets = (torch.arange(size) + 1) % size
         loss, stats = fused_mixce_loss(logits, targets, reduction="none", return_stats=True, backend="cpu")
         (grad,) = torch.autograd.grad(loss.sum(), logits)
+        logprobs, entropy = fused_token_logprobs(logits, targets, return_entropy=True, backend="cpu")
+        (grad_of_both,) = torch.autograd.grad(logprobs.sum() + entropy.sum(), logits)
         if value == -torch.inf:
+            torch.testing.assert_close(entropy, stats.nll, rtol=3e-7, atol=0)
+            assert (grad_of_both.diagonal() == 0).all()
+            assert grad_of_both.isfinite().all()
             torch.testing.assert_close(stats.nll, torch.full((size,), size - 1.0).log(), rtol=3e-7, atol=0)
             assert (grad.diagonal() == 0).all()
             assert grad.isfinite().all()
         else:
             assert loss.isnan().all()
             assert grad.isnan().all()
+            assert logprobs.isnan().all()
+            assert entropy.isnan().all()
+            assert grad_of_both.isnan().all()
 
 
 def test_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

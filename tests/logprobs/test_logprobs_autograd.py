@@ -211,6 +211,11 @@ def test_operators_pass_opcheck(with_entropy: bool, with_temperature: bool, kern
         TokenOptions(), kernels,
     )  # fmt: skip
     check(logprobs_ops.LOGPROBS_GRAD.dispatched, logprobs_ops.LOGPROBS_GRAD.fields.flat(grad_record))
+    detached = grad_record._replace(
+        logits=logits.detach().clone(), grad_logprobs=grads[0].detach(),
+        grad_entropy=grads[1].detach() if with_entropy else None,
+    )  # fmt: skip
+    check(logprobs_ops.LOGPROBS_GRAD_.dispatched, logprobs_ops.LOGPROBS_GRAD_.fields.flat(detached))
     hidden, weight, bias = linear_inputs(device, torch.float32)
     call = LinearCall(
         hidden.detach().reshape(-1, 5).requires_grad_(), weight, bias, targets.reshape(-1), LOGPROBS, TokenOptions(),
@@ -219,6 +224,13 @@ def test_operators_pass_opcheck(with_entropy: bool, with_temperature: bool, kern
     flat = None if temperature is None else temperature.reshape(-1)
     linear = linear_ops.LinearTokenLogprobs(call, flat, True, with_entropy)
     check(linear_ops.LINEAR_TOKEN_LOGPROBS.dispatched, linear_ops.LINEAR_TOKEN_LOGPROBS.fields.flat(linear))
+    call = call._replace(hidden=call.hidden.detach(), weight=weight.detach(), bias=bias.detach())
+    _, _, state, entropy_state = linear_ops.linear_token_logprobs(linear._replace(call=call))
+    linear_grad = linear_ops.LinearLogprobsGrad(
+        call, flat, state, entropy_state, grads[0].detach().reshape(-1),
+        grads[1].detach().reshape(-1) if with_entropy else None, [True, False, True],
+    )  # fmt: skip
+    check(linear_ops.LINEAR_LOGPROBS_GRAD.dispatched, linear_ops.LINEAR_LOGPROBS_GRAD.fields.flat(linear_grad))
 
 
 @pytest.mark.parametrize("of", ["logits", "hidden"])
