@@ -42,6 +42,8 @@ LOGPROBS = "LOGPROBS"
 # A forward of a loss that no gradient follows leaves out these, too.
 BARE = "BARE"
 NOT_BARE = frozenset(("state_ptr", "parameters_ptr", "token_scale_ptr"))
+# The gradient in a forward whose tokens have no factors, as those of a sum.
+UNSCALED = "UNSCALED"
 OF_LOGPROBS = frozenset(("temperature_ptr", "entropy_state_ptr", "grad_entropy_ptr"))
 # The kernels of a split forward.
 SPLIT = ("partial_stats", "merge")
@@ -82,6 +84,7 @@ def variants(name: str) -> list[tuple[str, Variant]]:
     heavy: list[dict[str, Any]] = [
         {"kernel": "forward", "options": OPTIONS},
         {"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": 0},
+        {"kernel": "forward", "options": ("HAS_GRAD", UNSCALED), "vocab_size": 0},
         {"kernel": "forward", "options": OPTIONS, "vocab_size": 0},
         {"kernel": "logits_grad", "options": ("CAP",)},
         {"kernel": "forward", "options": ("CAP", "STATS", LOGPROBS)},
@@ -96,6 +99,7 @@ def variants(name: str) -> list[tuple[str, Variant]]:
         *({"kernel": "forward", "options": (option,)} for option in OPTIONS if option != "HAS_GRAD"),
         # Rows that one program holds, as many vectors as it may, or a cluster of any size, or none.
         *({"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": size} for size in HELD_SIZES),
+        *({"kernel": "forward", "options": ("HAS_GRAD", UNSCALED), "vocab_size": size} for size in HELD_SIZES),
         *({"kernel": "forward", "options": OPTIONS, "vocab_size": size} for size in HELD_SIZES),
         {"kernel": "logits_grad"},
         {"kernel": "logits_grad", "same_window": False},
@@ -180,6 +184,8 @@ def compile_variant(target_name: str, variant: Variant) -> CompiledKernel:
         left_out |= {"entropy_state_ptr"}
     if BARE in variant.options:
         left_out |= NOT_BARE
+    if UNSCALED in variant.options:
+        left_out |= {"token_scale_ptr", "parameters_ptr"}
     return compiled(function, target, variant.dtype, pointers, constants, options, left_out)
 
 
