@@ -27,11 +27,13 @@ FEW_ROWS, MULTIPROCESSORS = 8, 132
 # since their number changes nothing.
 HELD_OPTIONS, HELD_TARGETS, HELD_ROWS = ("label_smoothing", "return_stats", "softcap"), (TARGET, "sm_100"), 16
 # Options that Triton compiles kernels for, and the steps in which it does.
+ENTROPY = "entropy"
 CODE_OF_ITS_OWN = {
     "softcap": MAIN_STEPS,
     "label_smoothing": ("forward", "grad_in_forward"),
     "return_stats": ("forward", "grad_in_forward"),
     "gradient aligned otherwise": ("backward", "grad_in_forward"),
+    ENTROPY: ("forward", "backward"),
 }
 
 
@@ -42,6 +44,8 @@ class Option(NamedTuple):
     eta_tensor: bool = False
     stats: bool = False
     grad_offset: int = 0  # elements from a 16-byte boundary to the gradient
+    entropy: bool = False  # with temperatures and a gradient of the entropies, as log-probabilities are asked for
+    steps: tuple[str, ...] = MAIN_STEPS
 
 
 OPTIONS = {
@@ -53,6 +57,7 @@ OPTIONS = {
     "return_stats": Option(stats=True),
     "eta tensor": Option(eta_tensor=True),
     "gradient aligned otherwise": Option(grad_offset=1),
+    ENTROPY: Option(stats=True, entropy=True, steps=MAIN_STEPS[:2]),
 }
 
 
@@ -119,7 +124,7 @@ def cases(backend: str, target: str) -> list[Case]:
     if target != TARGET:
         return held
     plain = [Case(backend, target, vocab=vocab, steps=STEPS) for vocab in VOCABULARIES]
-    options = [Case(backend, target, option=option) for option in OPTIONS if option]
+    options = [Case(backend, target, option=name, steps=option.steps) for name, option in OPTIONS.items() if name]
     few = Case(backend, target, "bfloat16", FEW_ROWS, VOCABULARIES[1], "", ("forward",), MULTIPROCESSORS)
     return plain + options + [Case(backend, target, dtype=dtype) for dtype in DTYPES] + held + [few]
 
@@ -233,7 +238,11 @@ BARS = {
     "grad_in_forward": _bars(2.01, (16, 22), (2.1, 2.15), loaded=(2.12, 2.2), vectors=(0.98, 0.92)),
 }
 
-
+# The gradient of both results is a pass of the same kind, with a multiplication and an addition a logit more.
+ENTROPY_BARS = {
+    "forward": _bars(0.01, (14, 22), (1.08, 1.08)),
+    "backward": _bars(2.01, (10, 13), (1.02, 1.02)),
+}
 # Of other steps, what they are for: a row that waits in registers is read once, and few rows keep a chip busy.
 HELD_BARS = (Bar("bytes loaded", "loaded_bytes", dict.fromkeys(BACKENDS, 2.2)),)
 # CUDA has at most a block for 16 KB of a row. Each thread of Triton's loads its row's target, from a cache.
@@ -248,6 +257,8 @@ def bars_of(count: Count) -> tuple[Bar, ...]:
     """The bars that a count is held to; none for most."""
     if count.dtype != "bfloat16":
         return ()
+    if count.option == ENTROPY:
+        return ENTROPY_BARS[count.step] if count.target == TARGET else ()
     if count.option:
         held = count.option in HELD_OPTIONS and count.target in HELD_TARGETS and count.step == "grad_in_forward"
         return HELD_BARS if held else ()

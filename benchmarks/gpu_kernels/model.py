@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from gpu_kernels.counts import CODE_OF_ITS_OWN, MAIN_STEPS, ROWS, TARGET, VOCABULARIES, WITHOUT_CLUSTERS, Count
+from gpu_kernels.counts import CODE_OF_ITS_OWN, ENTROPY, MAIN_STEPS, ROWS, TARGET, VOCABULARIES, WITHOUT_CLUSTERS, Count
 from gpu_kernels.hot_loops import ALIGNED_OTHERWISE, GRADIENT, STATISTICS, WHOLE_ROW, HotLoop, triton_variant
 
 # The share of a memory's published bandwidth that a kernel can hope for.
@@ -114,13 +114,13 @@ def _hot_parts(count: Count) -> list[tuple[str, str, str]]:
             return [(forward, variant, part) for part in (STATISTICS, GRADIENT, WHOLE_ROW)]
         return [(forward, variant, STATISTICS) if count.step == "forward" else (backward, variant, GRADIENT)]
     capped = "softcap" if count.option == "softcap" else ""
-    words = "moments" if count.option in ("label_smoothing", "return_stats") else capped
+    words = "moments" if count.option in ("label_smoothing", "return_stats", ENTROPY) else capped
     gradient = ALIGNED_OTHERWISE if count.option == ALIGNED_OTHERWISE else GRADIENT
     if in_forward and backward not in count.kernels:
         held = "gradient, second read" if reads_twice(count) else "gradient, held in shared memory"
         variant = ", ".join(filter(None, (words, held)))
         return [(forward, variant, STATISTICS), (forward, variant, gradient)]
-    parts = [(forward, words, STATISTICS), (backward, capped, gradient)]
+    parts = [(forward, words, STATISTICS), (backward, ENTROPY if count.option == ENTROPY else capped, gradient)]
     return parts if in_forward else parts[:1] if count.step == "forward" else parts[1:]
 
 

@@ -125,6 +125,8 @@ def dtype_and_variant(mangled: str) -> tuple[str, str]:
     arguments = re.search(r"_kernelI(?:NS_(8BFloat16|4Half)E|([fd]))((?:Lb[01]E)*)(?:LNS_5Pass2E(\d)E)?", mangled)
     assert arguments is not None, f"an unknown kernel: {mangled}"
     flags = re.findall(r"Lb([01])E", arguments[3])
-    words = [word for word, flag in zip(("softcap", "moments"), flags, strict=False) if flag == "1"]
+    # A gradient has no sums: its own is that of the entropy.
+    second = "entropy" if "logits_grad_kernel" in mangled else "moments"
+    words = [word for word, flag in zip(("softcap", second), flags, strict=False) if flag == "1"]
     words += [_PASSES[int(arguments[4])]] if arguments[4] and arguments[4] != "0" else []
     return _DTYPES[arguments[1] or arguments[2]], ", ".join(words)

@@ -132,7 +132,7 @@ def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
     """Takes the case's steps; yields the counts, or the registers and hot loops, of each."""
     from mixce_kernels import backends
     from mixce_kernels.backends import devices
-    from mixce_kernels.backends.results import STATE_WIDTH, STATS_WIDTH, Results
+    from mixce_kernels.backends.results import ENTROPY_STATE_WIDTH, STATE_WIDTH, STATS_WIDTH, EntropyGrad, Results
     from mixce_kernels.mixture import Mixture
     from mixce_kernels.options import TokenOptions, accumulate_dtype
     from mixce_kernels.reduction import NO_REDUCTION
@@ -150,17 +150,27 @@ def run(case: Case, runtime: Runtime) -> Iterator[dict[str, Any]]:
     token_scale = torch.full((), 1 / n_rows, dtype=torch.float64)
     stats = torch.empty((STATS_WIDTH, n_rows), dtype=real) if option.stats else None
     correct = torch.empty(n_rows, dtype=torch.bool) if option.stats else None
+    temperature, entropy, entropy_state = None, None, None
+    if option.entropy:
+        temperature, grad_entropy = torch.rand(n_rows, dtype=real) + 0.5, torch.rand(n_rows, dtype=real)
+        entropy_state = torch.empty((ENTROPY_STATE_WIDTH, n_rows), dtype=real)
+        entropy = EntropyGrad(grad_entropy, entropy_state)
     memory = torch.empty(logits.numel() + option.grad_offset, dtype=dtype)
     grad_logits = memory[option.grad_offset :].view_as(logits)
     maybe = (logits, targets, losses, state, stats, correct, grad_loss, factor, token_scale, memory, eta)
-    tensors = [tensor for tensor in maybe if tensor is not None]
-    backend, results = backends.get(case.backend), Results(losses, None, state, stats, correct, losses)
+    tensors = [tensor for tensor in (*maybe, temperature, *(entropy or ())) if tensor is not None]
+    backend, results = backends.get(case.backend), Results(losses, None, state, stats, correct, losses, entropy_state)
 
     def take(step: str) -> None:
         if step == "forward":
-            backend.forward(logits, targets, mixture, options, NO_REDUCTION, results, None, None)
+            backend.forward(
+                logits, targets, mixture, options, NO_REDUCTION, results, None, None, temperature,
+                may_split=not option.entropy,
+            )  # fmt: skip
         elif step == "backward":
-            backend.logits_grad(logits, targets, state, grad_loss, token_scale, options, grad_logits)
+            backend.logits_grad(
+                logits, targets, state, grad_loss, token_scale, options, grad_logits, temperature, entropy
+            )
         elif step == "grad_in_forward":
             backend.forward(logits, targets, mixture, options, NO_REDUCTION, results, token_scale, grad_logits)
         else:

@@ -90,6 +90,7 @@ LOOPS = [
     *loops_of("forward_kernel", TWICE, "gradient aligned otherwise", 80),
     *loops_of("logits_grad_kernel", "", "gradient", 58),
     *loops_of("logits_grad_kernel", "", "gradient aligned otherwise", 78),
+    *loops_of("logits_grad_kernel", "entropy", "gradient", 82),
     *loops_of("forward_kernel", "V = 50257", "statistics", 70, "triton"),
     *loops_of("forward_kernel", "softcap, V = 50257", "statistics", 400, "triton"),
     *loops_of("forward_kernel", "V = 50257, gradient", "whole row", 160, "triton"),
@@ -166,6 +167,13 @@ def test_few_rows_and_rows_held_with_options_have_bars_of_their_own():
     assert verdicts([replace(held, target="sm_80"), replace(held, option="z_loss")]) == []
 
 
+def test_the_gradient_of_entropies_has_bars_of_its_own():
+    forward = replace(PLAIN, option="entropy", instructions=13.9)
+    assert all(ok for _, _, ok in verdicts([forward]))
+    assert [bar.figure for _, bar, ok in verdicts([replace(forward, instructions=14.1)]) if not ok] == ["instructions"]
+    assert verdicts([replace(forward, target="sm_80")]) == []
+
+
 def test_only_the_plain_cases_are_held_to_bars():
     others = [
         replace(PLAIN, option="softcap"),
@@ -183,6 +191,7 @@ def test_cases_cover_the_bars_and_every_option(backend):
     assert {step for case in found for step in case.steps} == {*BARS, "scale_rows"}
     assert {case.vocab for case in found if not case.option and case.dtype == "bfloat16"} == {50257, 128256}
     assert {case.option for case in found} == set(OPTIONS)
+    assert [case.steps for case in found if case.option == "entropy"] == [("forward", "backward")]
     assert {case.dtype for case in found} == {"bfloat16", "float32", "float16", "float64"}
     assert {case.target for case in compiled_cases(backend)} == set(ARCHITECTURES)
     few = [case for case in found if case.multiprocessors > case.rows]
@@ -240,6 +249,8 @@ TWO_KERNELS = "forward_kernel + merge_kernel + logits_grad_kernel"
         ({"step": "backward"}, 5.8),
         ({"step": "backward", "option": "label_smoothing"}, 5.8),
         ({"step": "backward", "option": "gradient aligned otherwise"}, 7.8),
+        ({"option": "entropy"}, 10.0),
+        ({"step": "backward", "option": "entropy"}, 8.2),
         ({"step": "grad_in_forward"}, 6.6 + 6.2),
         ({"step": "grad_in_forward", "loaded_bytes": 4.0}, 6.4 + 6.2),
         ({"step": "grad_in_forward", "loaded_bytes": 6.0, "option": "gradient aligned otherwise"}, 6.4 + 8.0),
