@@ -23,12 +23,13 @@ _MIN_STEPS = 4
 # Vectors of a held row in a thread's registers: 96 of the 255. Of more some compiler of Triton 3.6 to 3.9 spills. A
 # multiprocessor has registers for two programs of 128 threads then: one loads while the other computes.
 _MAX_HELD = 24
-# Of those some compiler spills in clusters of 4 and 8, for sm_100 and later, for gfx942 and for float64.
+# Of those some compiler spills in clusters of 4 and 8, for sm_100 and later, and for gfx942.
 _MAX_HELD_SPARING = 20
-# And AMD's, of those, in float64.
-_MAX_HELD_FLOAT64_GFX = 16
-# And with a softcap, statistics or label smoothing, which need registers of their own. Smaller blocks need fewer.
+# And for sm_120 and gfx942 of those, in float64.
+_MAX_HELD_FLOAT64 = 16
+# And with a softcap, statistics or label smoothing, which need registers of their own.
 _MAX_HELD_WITH_OPTIONS = 16
+# Logits of a thread's block in such a row, and in any with a softcap or label smoothing, so that registers suffice.
 _BLOCK_WITH_OPTIONS = 16
 # In float64 they are also too much code for Triton's pass "plan CTA", which gives up after 10000 steps: no clusters.
 _MAX_HELD_WITH_OPTIONS_FLOAT64 = 4
@@ -152,13 +153,12 @@ def row_config(
     vector = VECTOR_BYTES // itemsize
     num_warps = _warps(vocab_size, vector, warp_size)
     n_ctas, held = 1, False
-    stack = _STACK[itemsize]
+    stack = _stack(itemsize, with_options)
     if with_grad:
         max_ctas = MAX_CTAS if arch >= 90 else 1
-        sparing = arch >= 100 or itemsize == 8 or warp_size == 64
-        max_held = _MAX_HELD_SPARING if sparing else _MAX_HELD
-        if itemsize == 8 and warp_size == 64:
-            max_held = _MAX_HELD_FLOAT64_GFX
+        max_held = _MAX_HELD_SPARING if arch >= 100 or warp_size == 64 else _MAX_HELD
+        if itemsize == 8:
+            max_held = _MAX_HELD_FLOAT64
         if with_stats or with_options:
             max_held = _MAX_HELD_WITH_OPTIONS
             if itemsize == 8:
@@ -169,14 +169,13 @@ def row_config(
             n_steps = _steps(vocab_size, ctas * warps * warp_size * vector, vector)
             if n_steps <= (min(max_held, _MAX_HELD_SPARING) if ctas > 2 else max_held):
                 num_warps, n_ctas, held = warps, ctas, True
-                if with_stats or with_options:
-                    stack = min(stack, _BLOCK_WITH_OPTIONS // vector)
+                stack = _stack(itemsize, with_stats or with_options)
                 break
     lanes = num_warps * warp_size
     step = n_ctas * lanes * vector
     n_steps = _steps(vocab_size, step, vector)
     rest = _rest(vocab_size, n_steps * step, n_ctas * lanes)
-    max_registers = _MAX_REGISTERS if (with_stats or with_options or held) and warp_size == 32 else None
+    max_registers = _MAX_REGISTERS if (with_stats or with_options or with_grad) and warp_size == 32 else None
     return RowConfig(stack, lanes, vector, num_warps, n_ctas, n_steps, rest, held, max_registers)
 
 
@@ -194,7 +193,7 @@ def split_config(
     Tiles of as many blocks as leave the busiest of two programs a multiprocessor the least. A row too short for a
     program of all warps is not worth a second launch.
     """
-    config = tile_config(1, vocab_size, itemsize, warp_size=warp_size)
+    config = tile_config(1, vocab_size, itemsize, with_options, warp_size)
     if not 0 < n_rows < multiprocessors or config.num_warps < _WARPS:
         return None
     n_blocks = -(-config.n_steps // config.stack)
@@ -224,7 +223,7 @@ def tile_config(
     num_warps = _warps(vocab_size, vector, warp_size)
     lanes = num_warps * warp_size
     step = lanes * vector
-    stack = _STACK[itemsize]
+    stack = _stack(itemsize, with_softcap)
     n_steps = _steps(vocab_size, step, vector)
     n_blocks = max(-(-n_steps // stack), 1)
     blocks_per_tile = -(-n_blocks // min(n_blocks, -(-_TILE_PROGRAMS // n_rows)))
@@ -242,6 +241,12 @@ def register_arguments(max_registers: int | None) -> dict[str, int]:
 def _steps(vocab_size: int, step: int, vector: int) -> int:
     """Whole steps after a row's first 16-byte boundary, wherever that is."""
     return max(vocab_size - (vector - 1), 0) // step
+
+
+def _stack(itemsize: int, with_options: bool) -> int:
+    """Vectors of a block in a thread."""
+    stack = _STACK[itemsize]
+    return min(stack, _BLOCK_WITH_OPTIONS * itemsize // VECTOR_BYTES) if with_options else stack
 
 
 def _rest(vocab_size: int, body_size: int, lanes: int) -> int:

@@ -155,8 +155,9 @@ def forward_kernel(
     # Pass 2.
     if HAS_GRAD:
         upstream = upstream_of(None, token_scale_ptr, row, True, 0, token_scale_stride, real)
-        # A number that the compiler knows to be 1 has it hold a row in more registers than there are.
-        upstream += tl.minimum(n_rows, 0).to(real)
+        if token_scale_ptr is None:
+            # A number that the compiler knows to be 1 has it hold a row in more registers than there are.
+            upstream += tl.minimum(n_rows, 0).to(real)
         terms = grad_terms(state, upstream, logit_scale)
         if HELD is None:
             row_grad(

@@ -47,9 +47,13 @@ UNSCALED = "UNSCALED"
 OF_LOGPROBS = frozenset(("temperature_ptr", "entropy_state_ptr", "grad_entropy_ptr"))
 # The kernels of a split forward.
 SPLIT = ("partial_stats", "merge")
+# Vocabulary sizes that a choice leaves to the target and the type: the one whose rows take the most registers of a
+# thread in the largest cluster that there may be, and one whose rows leave the most beside whole steps.
+MOST_HELD = -1
+WIDEST_REST = -2
 # For sm_90 and halves: 7 and 24 steps in a program, 24 in a cluster of 2, 15 in one of 8, of twice the threads as well,
 # and two reads.
-HELD_SIZES = (8000, 25000, 50257, 128256, 262144, 1_000_000)
+SIZES_WITH_GRAD = (8000, 25000, 50257, 128256, 262144, 1_000_000, WIDEST_REST)
 Choice = TypeVar("Choice")
 
 
@@ -80,16 +84,18 @@ def spread(name: str, heavy: list[Choice], light: list[Choice]) -> Iterator[tupl
 
 def variants(name: str) -> list[tuple[str, Variant]]:
     """Targets and variants of the set."""
-    # A vocabulary size of 0 stands for the rows of which a cluster's threads hold the most.
     heavy: list[dict[str, Any]] = [
         {"kernel": "forward", "options": OPTIONS},
-        {"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": 0},
-        {"kernel": "forward", "options": ("HAS_GRAD", UNSCALED), "vocab_size": 0},
-        {"kernel": "forward", "options": OPTIONS, "vocab_size": 0},
-        {"kernel": "logits_grad", "options": ("CAP",)},
-        {"kernel": "forward", "options": ("CAP", "STATS", LOGPROBS)},
-        {"kernel": "logits_grad", "options": ("CAP", LOGPROBS)},
-        *({"kernel": kernel, "options": OPTIONS} for kernel in SPLIT),
+        {"kernel": "forward", "options": OPTIONS, "vocab_size": MOST_HELD},
+        {"kernel": "forward", "options": OPTIONS, "vocab_size": WIDEST_REST},
+        {"kernel": "forward", "options": ("CAP", "SMOOTH", "STATS"), "vocab_size": WIDEST_REST},
+        {"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": MOST_HELD},
+        {"kernel": "forward", "options": ("HAS_GRAD", UNSCALED), "vocab_size": MOST_HELD},
+        {"kernel": "forward", "options": ("CAP", "STATS", LOGPROBS), "vocab_size": WIDEST_REST},
+        {"kernel": "logits_grad", "options": ("CAP",), "vocab_size": WIDEST_REST},
+        {"kernel": "logits_grad", "options": ("CAP", LOGPROBS), "vocab_size": WIDEST_REST},
+        {"kernel": "partial_stats", "options": OPTIONS, "vocab_size": WIDEST_REST},
+        {"kernel": "merge", "options": OPTIONS},
     ]
     light: list[dict[str, Any]] = [
         {"kernel": "forward"},
@@ -98,9 +104,9 @@ def variants(name: str) -> list[tuple[str, Variant]]:
         {"kernel": "merge", "options": (BARE,)},
         *({"kernel": "forward", "options": (option,)} for option in OPTIONS if option != "HAS_GRAD"),
         # Rows that one program holds, as many vectors as it may, or a cluster of any size, or none.
-        *({"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": size} for size in HELD_SIZES),
-        *({"kernel": "forward", "options": ("HAS_GRAD", UNSCALED), "vocab_size": size} for size in HELD_SIZES),
-        *({"kernel": "forward", "options": OPTIONS, "vocab_size": size} for size in HELD_SIZES),
+        *({"kernel": "forward", "options": ("HAS_GRAD",), "vocab_size": size} for size in SIZES_WITH_GRAD),
+        *({"kernel": "forward", "options": ("HAS_GRAD", UNSCALED), "vocab_size": size} for size in SIZES_WITH_GRAD),
+        *({"kernel": "forward", "options": OPTIONS, "vocab_size": size} for size in SIZES_WITH_GRAD),
         {"kernel": "logits_grad"},
         {"kernel": "logits_grad", "same_window": False},
         {"kernel": "forward", "options": (LOGPROBS,)},
@@ -116,20 +122,27 @@ def variants(name: str) -> list[tuple[str, Variant]]:
     result = []
     for target, dtype, choice in spread(name, heavy, light):
         variant = Variant(dtype=dtype, **choice)
-        if variant.vocab_size == 0:
-            variant = variant._replace(vocab_size=most_held(target, variant))
+        if variant.vocab_size < 0:
+            variant = variant._replace(vocab_size=vocab_size_of(target, variant))
         result.append((target, variant))
     return result
 
 
-def most_held(target: str, variant: Variant) -> int:
-    """The vocabulary size whose rows take the most registers of a thread in the largest cluster that there may be."""
+def vocab_size_of(target: str, variant: Variant) -> int:
+    """The vocabulary size that MOST_HELD or WIDEST_REST stands for."""
+
+    def row(vocab_size: int) -> RowConfig:
+        return row_of(target, variant._replace(vocab_size=vocab_size))
 
     def held(vocab_size: int) -> tuple[int, int]:
-        row = row_of(target, variant._replace(vocab_size=vocab_size))
-        return (row.n_ctas, row.n_steps) if row.held else (0, 0)
+        config = row(vocab_size)
+        return (config.n_ctas, config.n_steps) if config.held else (0, 0)
 
-    return max(range(1024, 2**18, 512), key=held)
+    if variant.vocab_size == MOST_HELD:
+        return max(range(1024, 2**18, 512), key=held)
+    # Too many logits to be held. A step more would be one whole step wherever the row begins; this is just less.
+    config = row(2**20)
+    return 2**20 + config.vector - 2
 
 
 def row_of(target_name: str, variant: Variant) -> RowConfig:
