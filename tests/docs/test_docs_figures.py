@@ -247,11 +247,11 @@ def test_limits_of_chips() -> None:
 def test_machine_instructions() -> None:
     loops = {loop.key: loop for loop in read_hot_loops_csv(ROOT / "benchmarks" / "results" / "hot_loops.csv")}
     _, *lines = table_of("kernels.md", "The machine code of the loops")
-    assert len(lines) == 8
+    assert len(lines) == 10
     for name, *cells in lines:
-        backend, kernel, dtype = re.fullmatch(r"(CUDA|Triton) `(\w+)`, (\w+)", name).groups()
+        backend, kernel, dtype, option = re.fullmatch(r"(CUDA|Triton) `(\w+)`, (\w+)(?:, (entropy))?", name).groups()
         part = "gradient" if kernel == "logits_grad_kernel" else "statistics"
-        variant = "" if backend == "CUDA" else "V = 50257"
+        variant = ", ".join(filter(None, (option, "V = 50257" * (backend == "Triton"))))
         for target, cell in zip(("sm_80", "sm_90", "sm_100", "sm_120"), cells, strict=True):
             loop = loops[backend.lower(), target, kernel, dtype, variant, part]
             for text, value in zip(cell.split(" / "), (loop.instructions, loop.kinds["special"]), strict=True):
