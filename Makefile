@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The workers share the cores, so their threads wait passively: a spinning thread would take a core from another worker.
 # A file of tests stays with one worker, which builds once what the tests of the file share. Long files come first.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-EXTRAS := benchmark docs examples transformers trl test-all
+EXTRAS := benchmark docs examples transformers trl test-all wheels
 
 .PHONY: benchmark benchmark-logprobs benchmark-linear benchmark-parallel paper-synthetic compare-eta weightings \
-	test test-rest test-all test-gpu docs lint format clean
+	test test-rest test-all test-gpu docs wheels hub lint format clean
 
 # For example: make benchmark ARGS=--full, which are the arguments of the losses: with any, they alone are measured.
 benchmark: $(VENV)/extra-benchmark
@@ -45,13 +45,21 @@ weightings: $(VENV)/extra-benchmark
 docs: $(VENV)/extra-docs
 	$(BIN)/mkdocs build --strict
 
+# Wheels for each CPython that is found, in dist/, tried with TORCH; without nvcc, by NVIDIA's compiler from PyPI.
+wheels: $(VENV)/extra-wheels
+	$(BIN)/python release/build_wheels.py --torch $(TORCH) $(ARGS)
+
+# The layout of Hugging Face's kernels hub, in dist/hub.
+hub: $(VENV)/core
+	$(BIN)/python release/build_hub.py $(ARGS)
+
 # The core of the tests, on every backend that runs here, in minutes.
 test: $(VENV)/core
 	$(PYTEST) -m "not slow" $(ARGS)
 
 # All other tests: GPU kernels executed in other ways and compiled ahead of time, ranks, benchmarks, documents, trainers,
 # packages, and other releases of torch's companions.
-test-rest: $(EXTRAS:%=$(VENV)/extra-%) $(VENV)/oldest $(VENV)/tritons $(VENV)/peers
+test-rest: $(EXTRAS:%=$(VENV)/extra-%) $(VENV)/oldest $(VENV)/tritons $(VENV)/hub $(VENV)/peers
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-rest
@@ -117,6 +125,13 @@ $(VENV)/tritons: Makefile | $(VENV)/core
 	rm -rf $@
 	$(PIP) --no-deps --target $@/oldest triton==$(TRITON_OLDEST)
 	$(PIP) --no-deps --target $@/newest triton==$(TRITON_NEWEST)
+	@touch $@
+
+# What loads kernels from Hugging Face's hub, in a folder of its own: releases of Transformers that are older fail beside
+# it. tests/support/hub.py puts it on the path.
+$(VENV)/hub: Makefile | $(VENV)/core
+	rm -rf $@
+	$(PIP) --no-deps --target $@ kernels==0.17.2
 	@touch $@
 
 # Other packages whose losses docs/migration.md and docs/integrations.md compare with; without what they require, which

@@ -52,7 +52,7 @@ def _import_problem() -> str | None:
 @functools.cache
 def kernels(name: str) -> ModuleType:
     """A file of `triton_kernels`, imported by the first call that needs it."""
-    return importlib.import_module(f"mixce_kernels.triton_kernels.{name}")
+    return importlib.import_module(f"..triton_kernels.{name}", __package__)
 
 
 def statistics_arguments(options: TokenOptions, with_stats: bool) -> dict[str, Any]:

@@ -18,12 +18,11 @@ import pytest
 import torch
 
 from support.paths import ROOT
+from support.trees import FOLDERS, copy_sources
 
 pytest.importorskip("build", reason="needs the extra 'test'")
 pytest.importorskip("pybind11", reason="needs the extra 'test'")
 ninja = pytest.importorskip("ninja", reason="needs the extra 'test'")
-
-FOLDERS = ("csrc", "docs", "mixce_kernels", "tests", "benchmarks", "examples")
 
 BUILD = (sys.executable, "setup.py", "build", "--build-temp", "temp", "--build-lib", "lib")
 
@@ -80,18 +79,8 @@ def use(target: Path, backend: str, returncode: int = 0, **environment: str) -> 
 
 @pytest.fixture(scope="module")
 def copy_tree(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """Makes copies of the sources as a clone has them, since builds leave files behind."""
-
-    def copy() -> Path:
-        tree = tmp_path_factory.mktemp("tree")
-        ignore = shutil.ignore_patterns("*.so", "*.pyc", "__pycache__", "*.egg-info")
-        for folder in FOLDERS:
-            shutil.copytree(ROOT / folder, tree / folder, ignore=ignore)
-        for file in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "Makefile", ".clang-format"):
-            shutil.copy(ROOT / file, tree)
-        return tree
-
-    return copy
+    """Makes copies of the sources as a clone has them."""
+    return lambda: copy_sources(tmp_path_factory.mktemp("trees") / "tree")
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +218,11 @@ def test_cuda_extension_imports_without_a_gpu(built: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "sentence"),
     [
-        ({"MIXCE_BUILD_CUDA": "yes"}, "expected MIXCE_BUILD_CUDA to be 0 or 1, got 'yes'"),
+        ({"MIXCE_BUILD_CUDA": "yes"}, "expected MIXCE_BUILD_CUDA to be 0, 1 or pypi, got 'yes'"),
+        (
+            {"MIXCE_BUILD_CUDA": "pypi"},
+            "expected nvcc among the installed packages for MIXCE_BUILD_CUDA=pypi, got none",
+        ),
         ({"MIXCE_BUILD_CUDA": "1"}, "expected nvcc in {home}/bin for MIXCE_BUILD_CUDA=1, got none"),
         ({"MIXCE_CUDA_ARCHS": "80;hopper"}, "expected MIXCE_CUDA_ARCHS as in '80;90;100;120+PTX', got 'hopper' in it"),
         ({"MIXCE_CUDART": "none"}, "expected MIXCE_CUDART to be static or shared, got 'none'"),

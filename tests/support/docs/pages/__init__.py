@@ -2,7 +2,7 @@
 
 from support.docs.blocks import Page
 
-from . import guide, index, integrations, logprobs, migration, readme, vocab_parallel, weightings
+from . import distribution, guide, index, integrations, logprobs, migration, readme, vocab_parallel, weightings
 
 PAGES = {
     page.name: page
@@ -15,6 +15,7 @@ PAGES = {
         vocab_parallel.PAGE,
         weightings.PAGE,
         logprobs.PAGE,
+        distribution.PAGE,
         Page("results.md"),
         Page("guarantees.md"),
         Page("gpu.md"),
