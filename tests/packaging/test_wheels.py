@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.paths import ROOT
+from support.paths import RELEASE
 from support.trees import copy_sources
 
 pytest.importorskip("auditwheel", reason="needs the extra 'wheels'")
@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
 ]
 VERSION = f"{sys.version_info.major}.{sys.version_info.minor}"
-BUILD_WHEELS = ROOT / "release" / "build_wheels.py"
+BUILD_WHEELS = RELEASE / "build_wheels.py"
 
 
 def without_nvcc() -> dict[str, str]:

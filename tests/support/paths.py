@@ -9,6 +9,7 @@ TESTS = Path(__file__).resolve().parents[1]
 ROOT = TESTS.parent
 BENCHMARKS = ROOT / "benchmarks"
 EXAMPLES = ROOT / "examples"
+RELEASE = ROOT / "release"
 
 
 def python_path(*folders: Path) -> str:

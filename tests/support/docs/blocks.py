@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from support.paths import ROOT, TESTS
+from support.paths import BENCHMARKS, EXAMPLES, RELEASE, ROOT, TESTS, python_path
 
 Namespace = dict[str, Any]
 
@@ -131,7 +131,8 @@ run_of = functools.cache(Run)
 @functools.cache
 def interpreted_blocks_of(page: Page) -> tuple[list[int], str]:
     """The interpreted blocks of a page that passed, and what became of the first that did not."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    path = python_path(BENCHMARKS, EXAMPLES, RELEASE)
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "support.docs.pages", page.name]
     ran = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True, timeout=120)
     last = ran.stdout.strip().splitlines()[-1:]
