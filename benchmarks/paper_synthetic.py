@@ -25,12 +25,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from harness.jobs import integers, words
-from harness.report import Row, machine, read_csv, write_csv
+from harness.report import Row
+from harness.results import Results
 from synthetic.pool import run_all
 from synthetic.report import (
     COLUMNS,
@@ -102,37 +102,8 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     ]
 
 
-class Results:
-    """The CSV: complete after each run, so that nothing is lost when a process ends."""
-
-    def __init__(self, path: Path, sizes: dict[str, int], anew: bool = False) -> None:
-        self.path = path
-        self.rows: list[Row] = [] if anew or not path.exists() else read_csv(path)
-        for row in self.rows:
-            for name, size in sizes.items():
-                if row[name] != str(size):
-                    raise SystemExit(
-                        f"expected runs with {name} {size} in {path}, got {row[name]}: "
-                        "name another folder with --out, or replace them with --anew"
-                    )
-        self._facts = machine(torch.device("cpu"))
-
-    def has(self, setting: Setting) -> bool:
-        """Whether this run stands there."""
-        return _key(vars(setting)) in {_key(row) for row in self.rows}
-
-    def add(self, result: dict[str, Any]) -> None:
-        """Writes the file anew with this run, in the order of vocabulary, eta and seed."""
-        ordered = sorted([*self.rows, {**result, **self._facts}], key=_key)
-        unfinished = self.path.with_suffix(".csv.part")
-        write_csv(unfinished, ordered, {}, COLUMNS)
-        unfinished.replace(self.path)
-        self.rows = read_csv(self.path)
-
-
-def _key(fields: dict[str, Any]) -> tuple[float, ...]:
-    # To the digits that the CSV keeps.
-    return tuple(float(f"{float(fields[name]):.6g}") for name in KEY)
+def _key(fields: Row) -> tuple[float, ...]:
+    return tuple(float(fields[name]) for name in KEY)
 
 
 def main(given: list[str] | None = None) -> int:
@@ -141,8 +112,9 @@ def main(given: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "paper_synthetic.csv"
     wanted = settings(args)
-    results = Results(path, {name: getattr(wanted[0], name) for name in SIZES}, args.anew)
-    to_run = [setting for setting in wanted if not results.has(setting)]
+    sizes = {name: getattr(wanted[0], name) for name in SIZES}
+    results = Results(path, COLUMNS, sizes, _key, args.anew)
+    to_run = [setting for setting in wanted if not results.has(vars(setting))]
     print(f"{len(wanted) - len(to_run)} of {len(wanted)} runs stand in {path}")
     complete = run_all(to_run, args.workers, results.add)
     if not results.rows:

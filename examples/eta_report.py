@@ -15,22 +15,24 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from eta_results import METRICS, Row, etas_of, read_csv, values_of
+from eta_results import METRICS, Row, etas_of, metrics_of, read_csv, values_of
 
 # The plot's panels, row by row.
 PANELS = (
     ("perplexity", "own_perplexity", "accuracy", "mean_q", "entropy"),
-    ("distinct_1", "distinct_2", "distinct_3", "distinct_4"),
-    ("repetition_1", "repetition_2", "repetition_3", "repetition_4"),
+    ("distinct_1", "distinct_2", "distinct_3", "distinct_4", "diversity"),
+    ("repetition_1", "repetition_2", "repetition_3", "repetition_4", "mauve"),
 )
-LEGEND = """\
+START = """\
 Mean and sample standard deviation over the seeds. Of one seed, all etas start from the same random weights and see the
-same batches. Samples are drawn at temperature 1 from the whole distribution, after prompts of held-out text; human text
-is what follows the same prompts there, in as many tokens. Distinct: unique n-grams over all n-grams of all sequences.
-Repeated: n-grams that occurred before in the same sequence (seq-rep-n). Nearest to human text is best, not most. The
-perplexity of own samples is under the model that drew them: that of a model which knows the text's distribution is its
-held-out perplexity, that of one which is too sure of itself is lower. No count says whether a text makes sense, and
-whatever sharpens a model lowers its diversity."""
+same batches."""
+LEGEND = """\
+Samples are drawn at temperature 1 from the whole distribution, after prompts of held-out text; human text is what
+follows the same prompts there, in as many tokens. Distinct: unique n-grams over all n-grams of all sequences. Repeated:
+n-grams that occurred before in the same sequence (seq-rep-n). Nearest to human text is best, not most. The perplexity
+of own samples is under the model that drew them: that of a model which knows the text's distribution is its held-out
+perplexity, that of one which is too sure of itself is lower. No count says whether a text makes sense, and whatever
+sharpens a model lowers its diversity."""
 
 
 def _mean_text(values: list[float], digits: int) -> str:
@@ -42,6 +44,11 @@ def _mean_text(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):{form}}{deviation}"
 
 
+def named(eta: str) -> str:
+    """A column's models: of an eta, or what stands in an eta's place in words."""
+    return f"eta = {eta}" if eta[:1].isdigit() else eta
+
+
 def _seeds(count: int) -> str:
     return f"{count} seed{'s' * (count != 1)}"
 
@@ -49,8 +56,8 @@ def _seeds(count: int) -> str:
 def _cells(rows: list[Row]) -> list[list[str]]:
     """The table, its titles first: a line for each metric, a column for human text and each eta."""
     etas = etas_of(rows)
-    body = [["", "human text", *(f"eta = {eta}" for eta in etas)]]
-    for name, metric in METRICS.items():
+    body = [["", "human text", *map(named, etas)]]
+    for name, metric in metrics_of(rows).items():
         body.append([metric.title, *(_mean_text(values_of(rows, eta, name), metric.digits) for eta in ("", *etas))])
     return body
 
@@ -62,13 +69,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in body)
 
 
-def markdown(rows: list[Row]) -> str:
+def markdown(rows: list[Row], made_with: str, settings: str, start: str) -> str:
     """The comparison in Markdown: machine and settings, the table, the meaning of its lines, and conclusions."""
     titles, *body = _cells(rows)
-    lines = [_made_with(rows[0]), "", _settings(rows), "", f"| | {' | '.join(titles[1:])} |"]
+    lines = [made_with, "", settings, "", f"| | {' | '.join(titles[1:])} |"]
     lines.append("|---|" + "---:|" * (len(titles) - 1))
     lines += [f"| {' | '.join(line)} |" for line in body]
-    lines += ["", LEGEND, "", *(f"- {sentence}" for sentence in conclusions(rows)), ""]
+    lines += ["", start, "", LEGEND, "", *(f"- {sentence}" for sentence in conclusions(rows)), ""]
     return "\n".join(lines)
 
 
@@ -102,7 +109,7 @@ def conclusions(rows: list[Row]) -> list[str]:
     sentences = []
     nearest: Counter[str] = Counter()
     beats_one = 0
-    for name, metric in METRICS.items():
+    for name, metric in metrics_of(rows).items():
         if not metric.best:
             continue
         losses = {eta: _losses(rows, eta, name) for eta in etas}
@@ -113,8 +120,8 @@ def conclusions(rows: list[Row]) -> list[str]:
             nearest[ranked[0]] += 1
             beats_one += "1" in ranked[1:] and _wins(losses[ranked[0]], losses["1"]) == seeds
     sentences.append(_sureness(rows, etas))
-    measures = sum(metric.best == "human" for metric in METRICS.values())
-    counted = ", ".join(f"eta = {eta} in {nearest[eta]}" for eta in etas)
+    measures = sum(metric.best == "human" for metric in metrics_of(rows).values())
+    counted = ", ".join(f"{named(eta)} in {nearest[eta]}" for eta in etas)
     shared = f", and several alike in {measures - nearest.total()}" if nearest.total() < measures else ""
     sentences.append(f"Of {measures} measures of the samples, nearest to human text is {counted}{shared}.")
     if "1" in etas and len(etas) > 1:
@@ -135,8 +142,8 @@ def _sureness(rows: list[Row], etas: list[str]) -> str:
         for eta in etas
     }
     nearest = min(etas, key=lambda eta: statistics.mean(abs(math.log(ratio)) for ratio in ratios[eta]))
-    listed = ", ".join(f"{_mean_text(ratios[eta], 2)} for eta = {eta}" for eta in etas)
-    return f"Perplexity of own samples over held-out perplexity: {listed}; nearest to 1 is eta = {nearest}."
+    listed = ", ".join(f"{_mean_text(ratios[eta], 2)} for {named(eta)}" for eta in etas)
+    return f"Perplexity of own samples over held-out perplexity: {listed}; nearest to 1 is {named(nearest)}."
 
 
 def _losses(rows: list[Row], eta: str, name: str) -> list[float]:
@@ -157,7 +164,7 @@ def _sentence(name: str, ranked: list[str], losses: dict[str, list[float]], rows
     def says(eta: str) -> str:
         value = _mean_text(values_of(rows, eta, name), metric.digits)
         distance = f", off by {_mean_text(losses[eta], metric.digits)}" if metric.best == "human" else ""
-        return f"eta = {eta} ({value}{distance})"
+        return f"{named(eta)} ({value}{distance})"
 
     human = _mean_text(values_of(rows, "", name), metric.digits)
     aim = {"human": f"nearest to human text ({human})", "low": "lowest", "high": "highest"}[metric.best]
@@ -178,21 +185,23 @@ def report(path: Path) -> list[Path]:
     """Writes table and plot of the CSV at `path` next to it; returns all three files."""
     rows = read_csv(path)
     table_path, plot_path = path.with_suffix(".md"), path.with_suffix(".png")
-    table_path.write_text(markdown(rows), encoding="utf-8")
-    plot(rows, plot_path)
+    table_path.write_text(markdown(rows, _made_with(rows[0]), _settings(rows), START), encoding="utf-8")
+    plot(rows, plot_path, _settings(rows))
     return [path, table_path, plot_path]
 
 
-def plot(rows: list[Row], path: Path) -> None:
+def plot(rows: list[Row], path: Path, settings: str) -> None:
     """Draws each metric against eta, with human text as a line."""
     etas = etas_of(rows)
     figure, axes = plt.subplots(len(PANELS), 5, figsize=(16, 8.5), layout="constrained")
     figure.suptitle(
-        f"Models trained with eta, and human text (dashed): mean and deviation over seeds (dots). {_settings(rows)}",
+        f"Models trained with eta, and human text (dashed): mean and deviation over seeds (dots). {settings}",
         fontsize=9,
         wrap=True,
     )
-    for names, row_axes in zip(PANELS, axes, strict=True):
+    panels = [[name for name in names if name in metrics_of(rows)] for names in PANELS]
+    long = max(map(len, etas)) > 4
+    for names, row_axes in zip(panels, axes, strict=True):
         for axis in row_axes[len(names) :]:
             axis.remove()
         for name, axis in zip(names, row_axes, strict=False):
@@ -206,7 +215,7 @@ def plot(rows: list[Row], path: Path) -> None:
             if human:
                 axis.axhline(statistics.mean(human), color="#b5493f", linestyle="--")
                 axis.axhspan(min(human), max(human), color="#b5493f", alpha=0.15)
-            axis.set_xticks(range(len(etas)), etas)
+            axis.set_xticks(range(len(etas)), etas, rotation=40 * long, ha="right" if long else "center")
             axis.set_xlabel("eta", fontsize=8)
             axis.tick_params(labelsize=8, which="both")
             axis.set_title(METRICS[name].title, fontsize=9)

@@ -6,6 +6,7 @@ import csv
 import datetime
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,8 @@ METRICS = {
     "entropy": Metric("entropy of token frequencies, bits", 2, "human"),
     **{f"distinct_{n}": Metric(f"distinct {n}-grams", 3, "human") for n in (1, 2, 3, 4)},
     **{f"repetition_{n}": Metric(f"repeated {n}-grams", 3, "human") for n in (1, 2, 3, 4)},
+    "diversity": Metric("diversity, the mean of distinct n-grams", 3, "human"),
+    "mauve": Metric("MAUVE", 3, "high"),
 }
 KEY = ("source", "eta", "seed")
 
@@ -74,7 +77,7 @@ def _commit() -> str:
 def write_csv(path: Path, rows: list[dict[str, Any]], common: dict[str, Any]) -> None:
     """Writes one line for each model and for each seed's human text; settings and facts stand on every line."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*KEY, *METRICS, *common])
+        writer = csv.DictWriter(file, [*KEY, *metrics_of(rows), *common])
         writer.writeheader()
         for row in rows:
             writer.writerow({name: f"{v:.6g}" if isinstance(v, float) else v for name, v in {**row, **common}.items()})
@@ -86,9 +89,14 @@ def read_csv(path: Path) -> list[Row]:
         return list(csv.DictReader(file))
 
 
+def metrics_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    """Those that were measured."""
+    return {name: metric for name, metric in METRICS.items() if any(name in row for row in rows)}
+
+
 def etas_of(rows: list[Row]) -> list[str]:
     """The etas in the order of the run."""
-    return list(dict.fromkeys(row["eta"] for row in rows if row["source"] == "model"))
+    return list(dict.fromkeys(row["eta"] for row in rows if row["source"] != "human"))
 
 
 def values_of(rows: list[Row], eta: str, metric: str) -> list[float]:

@@ -49,7 +49,7 @@ def write_csv(path: Path, results: Iterable[dict[str, Any]], facts: dict[str, st
         writer = csv.DictWriter(file, [*columns, *MACHINE], extrasaction="ignore")
         writer.writeheader()
         for result in results:
-            writer.writerow({name: _cell_text(value) for name, value in {**result, **facts}.items()})
+            writer.writerow({name: cell_text(value) for name, value in {**result, **facts}.items()})
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -119,7 +119,8 @@ def computed(rows: list[Row]) -> dict[str, str]:
     return {row["contender"]: row["computes"] for row in rows}
 
 
-def _cell_text(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """A value as a CSV has it: numbers to 6 digits."""
     if value is None:
         return ""
     return f"{value:.6g}" if isinstance(value, float) else str(value)
