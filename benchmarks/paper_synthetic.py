@@ -28,9 +28,8 @@ from pathlib import Path
 
 import torch
 
+import harness.results
 from harness.jobs import integers, words
-from harness.report import Row
-from harness.results import Results
 from synthetic.pool import run_all
 from synthetic.report import (
     COLUMNS,
@@ -102,8 +101,11 @@ def settings(args: argparse.Namespace) -> list[Setting]:
     ]
 
 
-def _key(fields: Row) -> tuple[float, ...]:
-    return tuple(float(fields[name]) for name in KEY)
+class Results(harness.results.Results):
+    """The CSV, in the order of vocabulary, eta and seed."""
+
+    def __init__(self, path: Path, sizes: dict[str, int], anew: bool = False) -> None:
+        super().__init__(path, COLUMNS, sizes, lambda row: tuple(float(row[name]) for name in KEY), anew)
 
 
 def main(given: list[str] | None = None) -> int:
@@ -113,8 +115,8 @@ def main(given: list[str] | None = None) -> int:
     path = args.out / "paper_synthetic.csv"
     wanted = settings(args)
     sizes = {name: getattr(wanted[0], name) for name in SIZES}
-    results = Results(path, COLUMNS, sizes, _key, args.anew)
-    to_run = [setting for setting in wanted if not results.has(vars(setting))]
+    results = Results(path, sizes, args.anew)
+    to_run = [setting for setting in wanted if not results.has(setting)]
     print(f"{len(wanted) - len(to_run)} of {len(wanted)} runs stand in {path}")
     complete = run_all(to_run, args.workers, results.add)
     if not results.rows:

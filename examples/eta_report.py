@@ -15,7 +15,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from eta_results import METRICS, Row, etas_of, metrics_of, read_csv, values_of
+from eta_results import ALL_METRICS, Row, etas_of, metrics_of, read_csv, values_of
 
 # The plot's panels, row by row.
 PANELS = (
@@ -46,7 +46,12 @@ def _mean_text(values: list[float], digits: int) -> str:
 
 def named(eta: str) -> str:
     """A column's models: of an eta, or what stands in an eta's place in words."""
-    return f"eta = {eta}" if eta[:1].isdigit() else eta
+    return f"eta = {eta}" if is_eta(eta) else eta
+
+
+def is_eta(name: str) -> bool:
+    """Whether this is an eta, and not words in an eta's place."""
+    return name[:1].isdigit()
 
 
 def _seeds(count: int) -> str:
@@ -69,8 +74,13 @@ def table(rows: list[Row]) -> str:
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in body)
 
 
-def markdown(rows: list[Row], made_with: str, settings: str, start: str) -> str:
+def markdown(rows: list[Row]) -> str:
     """The comparison in Markdown: machine and settings, the table, the meaning of its lines, and conclusions."""
+    return document(rows, _made_with(rows[0]), _settings(rows), START)
+
+
+def document(rows: list[Row], made_with: str, settings: str, start: str) -> str:
+    """Likewise of a comparison with another machine's line, settings and start."""
     titles, *body = _cells(rows)
     lines = [made_with, "", settings, "", f"| | {' | '.join(titles[1:])} |"]
     lines.append("|---|" + "---:|" * (len(titles) - 1))
@@ -118,7 +128,7 @@ def conclusions(rows: list[Row]) -> list[str]:
         sentences.append(_sentence(name, ranked, losses, rows))
         if metric.best == "human" and list(means.values()).count(means[ranked[0]]) == 1:
             nearest[ranked[0]] += 1
-            beats_one += "1" in ranked[1:] and _wins(losses[ranked[0]], losses["1"]) == seeds
+            beats_one += is_eta(ranked[0]) and "1" in ranked[1:] and _wins(losses[ranked[0]], losses["1"]) == seeds
     sentences.append(_sureness(rows, etas))
     measures = sum(metric.best == "human" for metric in metrics_of(rows).values())
     counted = ", ".join(f"{named(eta)} in {nearest[eta]}" for eta in etas)
@@ -149,9 +159,9 @@ def _sureness(rows: list[Row], etas: list[str]) -> str:
 def _losses(rows: list[Row], eta: str, name: str) -> list[float]:
     """With each seed, how far an eta is from the best: from the human text of the same prompts, or from 0."""
     values = values_of(rows, eta, name)
-    if METRICS[name].best == "human":
+    if ALL_METRICS[name].best == "human":
         return [abs(value - human) for value, human in zip(values, values_of(rows, "", name), strict=True)]
-    return values if METRICS[name].best == "low" else [-value for value in values]
+    return values if ALL_METRICS[name].best == "low" else [-value for value in values]
 
 
 def _wins(one: list[float], other: list[float]) -> int:
@@ -159,7 +169,7 @@ def _wins(one: list[float], other: list[float]) -> int:
 
 
 def _sentence(name: str, ranked: list[str], losses: dict[str, list[float]], rows: list[Row]) -> str:
-    metric = METRICS[name]
+    metric = ALL_METRICS[name]
 
     def says(eta: str) -> str:
         value = _mean_text(values_of(rows, eta, name), metric.digits)
@@ -185,7 +195,7 @@ def report(path: Path) -> list[Path]:
     """Writes table and plot of the CSV at `path` next to it; returns all three files."""
     rows = read_csv(path)
     table_path, plot_path = path.with_suffix(".md"), path.with_suffix(".png")
-    table_path.write_text(markdown(rows, _made_with(rows[0]), _settings(rows), START), encoding="utf-8")
+    table_path.write_text(markdown(rows), encoding="utf-8")
     plot(rows, plot_path, _settings(rows))
     return [path, table_path, plot_path]
 
@@ -218,7 +228,7 @@ def plot(rows: list[Row], path: Path, settings: str) -> None:
             axis.set_xticks(range(len(etas)), etas, rotation=40 * long, ha="right" if long else "center")
             axis.set_xlabel("eta", fontsize=8)
             axis.tick_params(labelsize=8, which="both")
-            axis.set_title(METRICS[name].title, fontsize=9)
+            axis.set_title(ALL_METRICS[name].title, fontsize=9)
             if "perplexity" in name:
                 axis.set_yscale("log")
             axis.spines[["top", "right"]].set_visible(False)

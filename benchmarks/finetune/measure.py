@@ -28,9 +28,8 @@ class Judge:
 
     def __init__(self, pretrained: Any, windows: Tensor, samples: int, prompt_tokens: int, seed: int) -> None:
         """Chooses windows, of which there are twice as many as samples, and has the pretrained model read them."""
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
         self.windows = windows
-        self.texts, self.others = windows[order[: 2 * samples], :-1].chunk(2)
+        self.texts, self.others = choose(windows, samples, seed)
         self._pretrained, self._prompt_tokens, self._seed = pretrained, prompt_tokens, seed
         self._features = features(pretrained, self.texts, BATCH)
 
@@ -58,12 +57,23 @@ class Judge:
 
     def _of_texts(self, texts: Tensor, mauve_of: Tensor) -> dict[str, float]:
         """Counts of what follows the prompts, and MAUVE of whole texts."""
-        counted = sample_qualities(texts[:, self._prompt_tokens :])
         return {
-            **counted,
-            "diversity": sum(counted[f"distinct_{n}"] for n in ORDERS) / len(ORDERS),
+            **counts(texts[:, self._prompt_tokens :]),
             "mauve": mauve(self._features, features(self._pretrained, mauve_of, BATCH), self._seed),
         }
+
+
+def choose(windows: Tensor, samples: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Two sets [B, T] of a seed's own, from the windows [W, T + 1]; W is at least twice the number of samples."""
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    texts, others = windows[order[: 2 * samples], :-1].chunk(2)
+    return texts, others
+
+
+def counts(tokens: Tensor) -> dict[str, float]:
+    """What is counted in texts [B, L], and diversity: the mean of the shares of unique 1- to 4-grams."""
+    counted = sample_qualities(tokens)
+    return {**counted, "diversity": sum(counted[f"distinct_{n}"] for n in ORDERS) / len(ORDERS)}
 
 
 def mauve(human: Tensor, other: Tensor, seed: int) -> float:

@@ -44,7 +44,9 @@ def key(fields: Mapping[str, Any]) -> tuple[int, int]:
     """Which run a line of the CSV is of: lines stand in the order of the runs."""
     seed = int(fields["seed"])
     return seed, runs(seed).index(
-        Run(fields["source"], seed, float(fields["eta"] or 1.0), fields["weighting"] or PROBABILITY)
+        Run(fields["source"], seed, float(fields["eta"]), fields["weighting"])
+        if fields["source"] == FINE_TUNED
+        else Run(fields["source"], seed)
     )
 
 

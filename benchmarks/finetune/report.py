@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from eta_report import markdown, plot
+from eta_report import document, plot
 from eta_report import table as table_of
-from eta_results import METRICS
+from eta_results import ALL_METRICS
 from finetune.plan import SIZES, label
 from harness.report import Row, machine_line, read_csv
 
 COLUMNS = (
     *("source", "eta", "weighting", "seed"),
-    *METRICS,
+    *ALL_METRICS,
     *("seconds", "model", *SIZES, "dtype", "train_tokens", "held_out_tokens"),
 )
 START = """\
@@ -45,7 +45,7 @@ def report(path: Path) -> list[Path]:
     """Writes table and plot of the CSV at `path` next to it; returns all three files."""
     rows = labelled(read_csv(path))
     table_path, plot_path = path.with_suffix(".md"), path.with_suffix(".png")
-    table_path.write_text(markdown(rows, machine_line(rows[0]), settings(rows), START), encoding="utf-8")
+    table_path.write_text(document(rows, machine_line(rows[0]), settings(rows), START), encoding="utf-8")
     plot(rows, plot_path, settings(rows))
     return [path, table_path, plot_path]
 

@@ -45,8 +45,9 @@ class Results:
         # Before the first run, so that the commit is the one whose code runs.
         self._facts = machine(torch.device("cpu"))
 
-    def has(self, fields: Mapping[str, Any]) -> bool:
-        """Whether the run with these fields stands there."""
+    def has(self, run: Any) -> bool:
+        """Whether the run stands there: a mapping, or an object with attributes, of what the key is made of."""
+        fields = run if isinstance(run, Mapping) else vars(run)
         return self._key(_texts(fields)) in {self._key(row) for row in self.rows}
 
     def add(self, result: Mapping[str, Any]) -> None:

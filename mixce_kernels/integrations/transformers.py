@@ -130,6 +130,7 @@ class MixCEForCausalLMLoss(_CausalLMLoss):
         num_items_in_batch: float | Tensor | None = None,
         ignore_index: int | None = None,
         shift_labels: Tensor | None = None,  # [..., T]
+        token_weights: Tensor | None = None,  # [..., T]
         **kwargs: Any,
     ) -> Tensor:
         """The loss of a batch, as models and `Trainer` call it.
@@ -144,6 +145,8 @@ class MixCEForCausalLMLoss(_CausalLMLoss):
                 which `Trainer` counts. None: the number of this batch's.
             ignore_index: replaces the constructor's.
             shift_labels: [..., T], labels that are shifted already, in place of `labels`.
+            token_weights: [..., T], a factor for the loss of each position; with `num_items_in_batch` the divisor is
+                that.
             **kwargs: what a model hands on besides; not used.
 
         Returns:
@@ -159,6 +162,7 @@ class MixCEForCausalLMLoss(_CausalLMLoss):
         if vocab_size is not None and logits.shape[-1:] != (vocab_size,):
             raise ValueError(f"expected logits of shape [..., T, {vocab_size}], got {list(logits.shape)}")
         eta, options = self._for_batch(logits, num_items_in_batch, ignore_index)
+        options = options._replace(token_weights=token_weights)
         targets = next_token_targets(logits, labels, shift_labels, options.ignore_index, "logits")
         return self._measured(mixce_loss(logits, targets, eta, options), targets, options.ignore_index)
 

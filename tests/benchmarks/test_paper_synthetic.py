@@ -18,9 +18,8 @@ from support.oracle import np
 for extra in ("numpy", "matplotlib", "tqdm"):
     pytest.importorskip(extra, reason="needs the extra 'benchmark'")
 from harness.report import MACHINE, read_csv, write_csv
-from harness.results import Results
 from mixce_kernels import fused_mixce_loss
-from paper_synthetic import arguments, main, settings
+from paper_synthetic import Results, arguments, main, settings
 from support.paths import BENCHMARKS, python_path
 from synthetic import train as synthetic_train
 from synthetic.data import BOS, Sequences, sample, transition_matrix
@@ -347,11 +346,7 @@ def test_an_interrupted_run_goes_on_where_it_was(tiny, tmp_path, capsys):
 
 def test_what_was_finished_stands_in_the_csv_when_the_rest_is_interrupted(tmp_path):
     wanted = settings(arguments(TINY))
-
-    def results_so_far() -> Results:
-        return Results(tmp_path / "some.csv", COLUMNS, {}, lambda row: float(row["eta"]))
-
-    results = results_so_far()
+    results = Results(tmp_path / "some.csv", {})
 
     def interrupted(result):
         results.add(result)
@@ -360,7 +355,7 @@ def test_what_was_finished_stands_in_the_csv_when_the_rest_is_interrupted(tmp_pa
     with pytest.raises(KeyboardInterrupt):
         run_all(wanted, 1, interrupted)
     assert len(read_csv(tmp_path / "some.csv")) == 1
-    assert [results_so_far().has(vars(one)) for one in wanted] == [True, False]
+    assert [Results(tmp_path / "some.csv", {}).has(one) for one in wanted] == [True, False]
 
 
 def soon(condition: Callable[[], object]) -> bool:

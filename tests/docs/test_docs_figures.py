@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from finetune.plan import label
 from gpu_kernels.hot_loops import read_hot_loops_csv
 from gpu_kernels.model import CHIPS, modelled
 from gpu_kernels.tables import read_csv
@@ -64,6 +65,16 @@ SAMPLES = {
     "repeated 2-grams": "repetition_2",
     "distinct 4-grams": "distinct_4",
 }
+# The same of the pretrained model, on the two pages.
+FINE_TUNED = {
+    "held-out perplexity": "perplexity",
+    "perplexity of own samples": "own_perplexity",
+    "diversity": "diversity",
+    "diversity of samples": "diversity",
+    "repeated 2-grams": "repetition_2",
+    "repeated 4-grams": "repetition_4",
+    "MAUVE": "mauve",
+}
 
 
 def rows_of(name: str, **wanted: str) -> list[Row]:
@@ -82,12 +93,20 @@ def figure(name: str, column: str, **wanted: str) -> float:
 
 def table_of(page: str, heading: str) -> list[list[str]]:
     """The cells of the first table with figures under a heading, without its line of dashes."""
+    return tables_of(page, heading)[0]
+
+
+def tables_of(page: str, heading: str) -> list[list[list[str]]]:
+    """Likewise all tables with figures."""
     _, found, text = text_of(page).partition(f"\n## {heading}\n")
     assert found, (page, heading)
     tables = re.findall(r"(?:^\|.*\n)+", text.partition("\n## ")[0], re.MULTILINE)
-    table = next(table for table in tables if "---:" in table)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
-    return [line for line in lines if not line[0].startswith("---")]
+    cells = [
+        [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+        for table in tables
+        if "---:" in table
+    ]
+    return [[line for line in table if not line[0].startswith("---")] for table in cells]
 
 
 def sections(table: list[list[str]]) -> Iterator[tuple[Row, list[list[str]]]]:
@@ -218,13 +237,35 @@ def test_synthetic_experiment() -> None:
 
 
 def test_samples() -> None:
-    titles, *lines = table_of("results.md", "Smaller eta on real text")
+    titles, *lines = table_of("results.md", "From random weights, by eta")
     assert [line[0] for line in lines] == list(SAMPLES)
     etas = ["", *(title.removeprefix("eta = ") for title in titles[2:])]
     for name, *cells in lines:
         for eta, cell in zip(etas, cells, strict=True):
             if cell:
                 values = [float(row[SAMPLES[name]]) for row in rows_of("compare_eta", eta=eta)]
+                assert_rounded(cell, statistics.mean(values))
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "columns"), [("README.md", "Results", 8), ("results.md", "A pretrained model, by eta", 10)]
+)
+def test_samples_of_the_pretrained_model(page: str, heading: str, columns: int) -> None:
+    """The last table of README.md's section, and the only one of the other's."""
+    titles, *lines = tables_of(page, heading)[-1]
+    names = {"human": "", "human text": "", "untuned": "not fine-tuned"}
+    labels = [names.get(title, title.removeprefix("eta = ")) for title in titles[1:]]
+    assert len(labels) == columns
+    by_label: dict[str, list[Row]] = {}
+    for row in rows_of("finetune_eta"):
+        by_label.setdefault(label(row), []).append(row)
+    assert set(labels) <= set(by_label)
+    assert len(lines) == columns - 4
+    for name, *cells in lines:
+        for one, cell in zip(labels, cells, strict=True):
+            values = [float(row[FINE_TUNED[name]]) for row in by_label[one] if row[FINE_TUNED[name]]]
+            assert len(values) == 2 * bool(cell)
+            if values:
                 assert_rounded(cell, statistics.mean(values))
 
 

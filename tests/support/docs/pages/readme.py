@@ -20,7 +20,7 @@ from support.docs.checks import (
     check_training_step,
     gradients,
 )
-from support.docs.models import VOCAB_SIZE, group_of_one, mean_of_all, mean_of_means, new_model, new_targets, new_tokens
+from support.docs.models import VOCAB_SIZE, mean_of_all, mean_of_means, new_model, new_targets, new_tokens
 from support.docs.trainers import TRAINER, causal_lm, plain_causal_loss, plain_training_options, sequences, stacked
 
 
@@ -92,18 +92,6 @@ def check_trainers(names: Namespace) -> None:
     assert_near(names["trainer"].compute_loss(names["given"], dict(batch)), names["loss"])
 
 
-@contextmanager
-def with_group(names: Namespace) -> Iterator[None]:
-    with with_logits(names), group_of_one() as group:
-        names.update(logits_shard=names["logits"], group=group, first_column=0, vocab_size=VOCAB_SIZE)
-        yield
-
-
-def check_shard_call(names: Namespace) -> None:
-    names["loss"].backward()
-    check_call(names)
-
-
 PAGE = Page(
     "README.md",
     set_up,
@@ -114,6 +102,5 @@ PAGE = Page(
         Step(check_metrics, with_logits),
         Step(check_training_step),
         Step(check_trainers, with_causal_lm, needs=TRAINER),
-        Step(check_shard_call, with_group),
     ),
 )
