@@ -14,7 +14,7 @@ PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n $(WORKERS) --dis
 EXTRAS := benchmark docs examples finetune transformers trl test-all wheels
 
 .PHONY: benchmark benchmark-logprobs benchmark-linear benchmark-parallel paper-synthetic compare-eta finetune-eta \
-	weightings 	test test-rest test-all test-gpu docs wheels hub lint format clean
+	weightings test test-rest test-all test-gpu docs wheels hub lint format clean
 
 # For example: make benchmark ARGS=--full, which are the arguments of the losses: with any, they alone are measured.
 benchmark: $(VENV)/extra-benchmark

@@ -1,6 +1,6 @@
 """Fine-tunes a pretrained language model with several etas, and sets its unbiased samples beside human text.
 
-    python benchmarks/finetune_eta.py               some 15 minutes on two idle cores with AMX
+    python benchmarks/finetune_eta.py               some 20 minutes on two idle cores with AMX
     python benchmarks/finetune_eta.py --full        more steps, samples and seeds: hours
     python benchmarks/finetune_eta.py --help        other sizes
 

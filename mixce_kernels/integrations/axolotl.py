@@ -1,10 +1,12 @@
 """The loss in Axolotl: a plugin and its keys of the configuration.
 
-plugins:
-  - mixce_kernels.integrations.axolotl.MixCEPlugin
-mixce_eta: 0.5
-mixce_weighting: Probability()
-mixce_linear: true
+    plugins:
+      - mixce_kernels.integrations.axolotl.MixCEPlugin
+    mixce_eta: 0.5
+    mixce_weighting: Probability()
+    mixce_linear: true
+
+With that in Axolotl's YAML file its trainer has the loss; nothing of Axolotl is patched.
 """
 
 from __future__ import annotations

@@ -49,6 +49,17 @@ def takes_loss_arguments(model: Any) -> bool:
     return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
+@pytest.mark.parametrize("num_items", [None, 31])
+def test_token_weights_are_factors_of_positions(num_items: int | None) -> None:
+    logits, (_, labels) = random_logits(), batch_of()
+    weights = torch.rand(labels.shape, dtype=torch.float64)
+    loss = MixCEForCausalLMLoss(ETA)(logits, labels, num_items_in_batch=num_items, token_weights=weights)
+    expected = oracle(logits, labels, num_items_in_batch=num_items, token_weights=weights[:, :-1])
+    torch.testing.assert_close(loss, expected)
+    gradients = (torch.autograd.grad(one, logits)[0] for one in (loss, expected))
+    torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("num_items", [None, 31, torch.tensor(31)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_model_trains_with_it(name: str, num_items: Any) -> None:
