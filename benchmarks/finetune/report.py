@@ -45,9 +45,14 @@ def report(path: Path) -> list[Path]:
     """Writes table and plot of the CSV at `path` next to it; returns all three files."""
     rows = labelled(read_csv(path))
     table_path, plot_path = path.with_suffix(".md"), path.with_suffix(".png")
-    table_path.write_text(document(rows, machine_line(rows[0]), settings(rows), START), encoding="utf-8")
+    table_path.write_text(summary(rows), encoding="utf-8")
     plot(rows, plot_path, settings(rows))
     return [path, table_path, plot_path]
+
+
+def summary(rows: list[Row]) -> str:
+    """The comparison in Markdown, of labelled lines."""
+    return document(rows, machine_line(rows[0]), settings(rows), START)
 
 
 def settings(rows: list[Row]) -> str:

@@ -42,10 +42,14 @@ def mixce_loss(
 
     Raises:
         TypeError: an option is not a number, or the weighting no function.
-        ValueError: an option is outside its range.
+        ValueError: an option is outside its range; or the gradient would overwrite the logits in forward, of which
+            ms-swift computes the accuracy after the loss.
     """
     weighting = parse(weighting) if isinstance(weighting, str) else weighting
-    return partial(MixCELoss, loss=MixCEForCausalLMLoss(eta, weighting=weighting, **options))
+    loss = MixCEForCausalLMLoss(eta, weighting=weighting, **options)
+    if loss.options.grad_in_forward and loss.options.inplace_backward:
+        raise ValueError("expected not both grad_in_forward and inplace_backward: ms-swift reads the logits afterwards")
+    return partial(MixCELoss, loss=loss)
 
 
 class MixCELoss(BaseLoss):  # type: ignore[misc]  # ms-swift's types are not followed

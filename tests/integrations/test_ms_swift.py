@@ -134,6 +134,7 @@ def test_eta_is_an_attribute() -> None:
         ({"eta": 1.5}, r"expected eta in \[0, 1\], got 1.5"),
         ({"weighting": "Cube()"}, "expected one of Probability, Power"),
         ({"label_smoothing": 1.5}, "expected label_smoothing"),
+        ({"grad_in_forward": True, "inplace_backward": True}, "expected not both grad_in_forward and inplace_backward"),
     ],
 )
 def test_options_out_of_range_are_refused_at_once(options: dict[str, Any], message: str) -> None:
