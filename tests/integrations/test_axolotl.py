@@ -95,7 +95,7 @@ def test_trainer_of_the_plugin_trains_with_the_loss(manager: Any, linear: bool, 
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     expected = losses_by_hand(models[1], 0.3, "Power(alpha=0.5)")
-    # The losses are logged to 4 digits after the point by older releases; the weights that they are of are float64.
+    # Some releases log losses to 4 digits after the point.
     assert logged == pytest.approx(expected, abs=1e-4)
     for (name, got), (_, wanted) in zip(models[0].named_parameters(), models[1].named_parameters(), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-8, msg=lambda text, name=name: f"{name}: {text}")
